@@ -1,0 +1,1 @@
+"""Student and adapter to bundle (torch): merge, convert, quantize, verify."""

@@ -1,0 +1,171 @@
+"""The manifest of an exported model: the contract between export, which writes it, and runtime, which trusts only it.
+
+A bundle is a folder with `bundle.json` and the engine's own files, laid out as that ecosystem expects them. One bundle
+is one deployable variant: one engine, one quantization.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mpa_edge.errors import BundleError
+from mpa_edge.records import write_atomic
+
+MANIFEST = "bundle.json"
+SCHEMA_VERSION = 1
+
+Role = Literal[
+    "language_model",  # GGUF
+    "mmproj",  # GGUF
+    "vision_encoder",  # ONNX
+    "embed_tokens",  # ONNX
+    "decoder",  # ONNX
+    "external_data",  # ONNX weights beside a graph
+    "tokenizer",
+    "config",  # config.json, preprocessor_config.json and their like, for other tools
+    "readme",
+]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors: a manifest from a newer version is refused, not half understood."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(Strict):
+    """One file. `path` is relative to the bundle and stays inside it."""
+
+    path: str
+    role: Role
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+            raise ValueError(f"{path!r} is not a path inside the bundle")
+        return path
+
+
+class ImageSettings(Strict):
+    """How a picture becomes tiles; the training processor's own values."""
+
+    tile_size: int = Field(gt=0, le=4096)
+    longest_edge: int = Field(gt=0, le=16384)
+    split: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+    resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+    tokens_per_tile: int = Field(gt=0)
+
+
+class PromptSettings(Strict):
+    """How a question becomes tokens.
+
+    `chat_template` is the tokenizer's Jinja template; `question_template` is the task's inference prompt with
+    `{question}` in it, the same that identification and training used.
+    """
+
+    chat_template: str
+    question_template: str = "{question}"
+    image_token: str
+    stop_token_ids: tuple[int, ...]
+    max_new_tokens: int = Field(gt=0)
+    context_length: int = Field(gt=0)
+
+
+class Source(Strict):
+    """Where the weights came from. Names and digests, never machine paths."""
+
+    student: str
+    revision: str | None = None
+    teacher: str | None = None
+    task: str | None = None
+    metric: str | None = None
+    run: str | None = None
+    adapter_sha256: str | None = None
+    base_sha256: str | None = None
+    tool_version: str
+
+
+class Bundle(Strict):
+    """The content of `bundle.json`."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    family: str
+    engine: Literal["llama.cpp", "onnxruntime"]
+    quantization: str
+    files: tuple[File, ...]
+    image: ImageSettings
+    prompt: PromptSettings
+    source: Source
+    # Outcomes of the export checks by name, e.g. {"merge": {...}, "verify": {"token_agreement": 1.0, ...}}.
+    checks: dict[str, Any] = Field(default_factory=dict)
+
+    def path_of(self, folder: Path, role: Role) -> Path:
+        """The path of the one file with this role; `BundleError` when there is none."""
+        for file in self.files:
+            if file.role == role:
+                return folder / file.path
+        raise BundleError(f"{folder / MANIFEST} names no file with the role {role!r}")
+
+    def size_bytes(self) -> int:
+        """What the engine's files take on disk; files for other tools and people are not counted."""
+        return sum(file.bytes for file in self.files if file.role not in ("config", "readme"))
+
+
+def describe_file(folder: Path, path: str, role: Role) -> File:
+    """The manifest's entry for a file that lies in the folder."""
+    full = folder / path
+    return File(path=path, role=role, sha256=sha256_of(full), bytes=full.stat().st_size)
+
+
+def write_bundle(folder: Path, bundle: Bundle) -> None:
+    """Write `bundle.json`, last and in one step: a folder without it is no bundle."""
+    write_atomic(folder / MANIFEST, bundle.model_dump_json(indent=2) + "\n")
+
+
+def read_bundle(folder: Path, *, check_digests: bool = False) -> Bundle:
+    """Read and check a manifest: schema, paths, and that each file is there with its size (and digest, when asked).
+
+    Raises `BundleError` with the file and the reason.
+    """
+    path = folder / MANIFEST
+    try:
+        bundle = Bundle.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{folder} is no bundle: {MANIFEST} cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    for file in bundle.files:
+        _check_file(folder, file, check_digests)
+    return bundle
+
+
+def _check_file(folder: Path, file: File, check_digest: bool) -> None:
+    full = folder / file.path
+    if not full.is_file() or not full.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder}: {file.path} is missing, or lies outside the bundle")
+    if full.stat().st_size != file.bytes:
+        raise BundleError(f"{full}: has {full.stat().st_size} bytes where the manifest says {file.bytes}")
+    if check_digest and sha256_of(full) != file.sha256:
+        raise BundleError(f"{full}: its content is not what the manifest says (sha256 differs)")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""The rows that pass between stages: Sample -> Annotation -> Case, as JSON lines.
+
+Stages meet only on disk; a row is one JSON object on one line, UTF-8, in the field order of its dataclass.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mpa_edge.errors import RunError
+
+Row = TypeVar("Row", bound="Record")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row; `to_json` and `from_json` are each other's inverse."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls: type[Row], data: dict[str, Any]) -> Row:
+        """The row of a JSON object; keys that a newer version added are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+@dataclass(frozen=True)
+class Sample(Record):
+    """One unlabeled picture. `id` is unique in a run, `path` absolute or relative to the run's image root."""
+
+    id: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Annotation(Record):
+    """What the teacher wrote for one picture: a question with its answer, or a rejection.
+
+    `raw` is the teacher's text as it came. `reason` is None for a usable pair, else a short stable slug
+    (`no_question`, `answer_too_long`, …) by which rejections are counted.
+    """
+
+    id: str
+    sample_id: str
+    question: str
+    answer: str
+    raw: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Case(Record):
+    """Both models' short answers to one pseudo-annotated question, and the verdict.
+
+    Scores are the task's metric against the pseudo-answer, in [0, 1]. `verdict` is one of `parity` (the teacher
+    confirms itself, the student misses), `agree` (both right), `unconfirmed` (the teacher contradicts itself)
+    and `error` (a model did not answer; `reason` says why).
+    """
+
+    id: str
+    sample_id: str
+    question: str
+    answer: str
+    teacher_answer: str
+    student_answer: str
+    teacher_score: float
+    student_score: float
+    verdict: str
+    reason: str | None = None
+
+
+def read_rows(path: Path, row: type[Row]) -> Iterator[Row]:
+    """Yield the rows of a JSONL file; a line that is no row is a `RunError` that names file and line."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield row.from_json(json.loads(line))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise RunError(f"{path}, line {number}: not a {row.__name__} ({error})") from error
+
+
+def write_rows(path: Path, rows: Iterable[Record | dict[str, Any]]) -> int:
+    """Write rows as JSONL, whole or not at all, and return their number."""
+    lines = [
+        json.dumps(row if isinstance(row, dict) else row.to_json(), ensure_ascii=False, allow_nan=False)
+        for row in rows
+    ]
+    write_atomic(path, "".join(line + "\n" for line in lines))
+    return len(lines)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: a reader, or a killed writer, leaves the old content or the new, never a mixture."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Bundle to answers (numpy, pillow, tokenizers and one engine; never torch)."""

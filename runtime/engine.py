@@ -1,0 +1,39 @@
+"""What an inference engine must do; prompts, pixels and the choice of tokens are the same for all and live elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tiles = NDArray[np.uint8]
+Features = NDArray[np.float32]
+Logits = NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """One loaded model with one key-value cache. Not thread-safe: one caller at a time."""
+
+    name: str
+
+    def encode(self, tiles: Tiles) -> Features:
+        """Image features of tiles: uint8 RGB (tiles, height, width, 3) -> float32 (tiles, tokens_per_tile, hidden)."""
+        ...
+
+    def prefill(self, token_ids: Sequence[int], features: Features, *, all_logits: bool = False) -> Logits:
+        """Forget the cache, read a whole prompt, and return the logits that follow it.
+
+        `features` replace the image tokens in `token_ids`, in order; their count must match. Returns (vocabulary,)
+        for the last position, or (positions, vocabulary) with `all_logits`.
+        """
+        ...
+
+    def decode(self, token_id: int) -> Logits:
+        """Append one token to the cache and return the logits (vocabulary,) that follow it."""
+        ...
+
+    def close(self) -> None:
+        """Release native memory."""
+        ...
