@@ -1,0 +1,38 @@
+# Two commands do all the set-up on a machine with Python >= 3.10 and a C++ compiler:
+#   make demo    the whole road on the reference pair; leaves runs/demo/report/report.html
+#   make test    the tests
+# Both make the environment in .venv first (once; llama.cpp is compiled then, which takes some minutes).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types env clean
+
+demo: env
+	$(BIN)/mpa-edge demo
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy reads an installed copy: in the tree, the folders are not where their import names say.
+types: env
+	rm -rf .typecheck && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target .typecheck .
+	cd .typecheck && ../$(BIN)/python -m mypy --config-file ../pyproject.toml -p mpa_edge
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, set PYTHON=") if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .typecheck build dist *.egg-info
