@@ -73,6 +73,155 @@ def _resumable(command: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@app.command(
+    epilog="Example: mpa-edge align --images photos/ --teacher Qwen/Qwen2-VL-7B-Instruct "
+    "--student HuggingFaceTB/SmolVLM-500M-Instruct --task textvqa --out runs/shop"
+)
+def align(
+    images: Annotated[Path, typer.Option(help="Folder of unlabeled pictures (or a text file with one path a line).")],
+    teacher: Annotated[str, typer.Option(help="The large model: a folder, a hub id, or a bundle.")],
+    student: Annotated[str, typer.Option(help="The small model that is to be deployed: a folder or a hub id.")],
+    task: Annotated[str, typer.Option(help="What to ask about: sets prompts, answer rule and metric.")],
+    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/STUDENT-TASK.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per picture.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N pictures only.")] = None,
+    select: Annotated[
+        Select, typer.Option(help="What becomes training data. All but parity are controls.")
+    ] = Select.parity,
+    match: Annotated[
+        Match, typer.Option(help="When an answer is right: the task's metric, or the paper's substring rule.")
+    ] = Match.metric,
+    agreement: Annotated[
+        float, typer.Option(min=0, help="Agreement samples per parity sample, against forgetting.")
+    ] = 1.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Most epochs; the best on the held-out share is kept.")] = 8,
+    lr: Annotated[float, typer.Option(help="Learning rate of the LoRA adapter.")] = 1e-3,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapter.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures asked at once; halved when memory runs out.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.")] = False,
+) -> None:
+    """Train the student on what the teacher knows and it does not, from unlabeled pictures."""
+    from mpa_edge.align import align as run_align
+    from mpa_edge.config import AlignConfig
+
+    config = AlignConfig(
+        images=images,
+        teacher=teacher,
+        student=student,
+        task=task,
+        out=out,
+        questions=questions,
+        limit=limit,
+        select=select.value,
+        match=match.value,
+        agreement=agreement,
+        epochs=epochs,
+        lr=lr,
+        rank=rank,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        fresh=fresh,
+    )
+    with _resumable("--fresh starts over"):
+        typer.echo(run_align(config).summary())
+
+
+@app.command(epilog="Example: mpa-edge export runs/shop --format gguf --quant q8_0,q4_k_m")
+def export(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[RUN|MODEL]", help="A run, or a model folder. Default: the newest run.")
+    ] = None,
+    format: Annotated[
+        Format, typer.Option(help="gguf for llama.cpp, onnx for ONNX Runtime and transformers.js.")
+    ] = Format.gguf,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated. gguf: f16, q8_0, q4_k_m (default q8_0). onnx: fp32, int8, q4 (default int8)."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the bundles go. Default: RUN/bundles.")] = None,
+) -> None:
+    """Merge the adapter, check the merge, convert, quantize, and verify the bundle through the runtime."""
+    from mpa_edge.export.build import export as run_export
+
+    quants = (quant or ("q8_0" if format is Format.gguf else "int8")).split(",")
+    for bundle in run_export(source or _newest_run(), format.value, quants, out):
+        typer.echo(f"{bundle}\n  next: mpa-edge ask {bundle} PICTURE.jpg 'What does the sign say?'")
+
+
+def _newest_run() -> Path:
+    from mpa_edge.errors import InputError
+
+    runs = sorted(Path("runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError("there is no run in runs/: name one, or make one with mpa-edge align")
+    return runs[-1].parent
+
+
+@app.command(epilog="Example: mpa-edge ask runs/shop/bundles/gguf-q8_0 photo.jpg 'What does the sign say?' --timings")
+def ask(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge export made.")],
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="A question about it.")],
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: the task's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's choice.")] = None,
+    timings: Annotated[bool, typer.Option("--timings", help="Show the milliseconds of each phase.")] = False,
+) -> None:
+    """Answer a question about a picture, on this machine, from the bundle alone."""
+    from mpa_edge.runtime import load
+
+    with load(bundle, threads=threads) as vlm:
+        stream = vlm.stream(image, question, max_new_tokens=max_new_tokens)
+        for text in stream:
+            typer.echo(text, nl=False)
+        typer.echo()
+        if timings:
+            typer.echo(stream.answer.timings.line(), err=True)
+
+
+@app.command(
+    epilog="Example: mpa-edge bench runs/shop/bundles/gguf-q8_0 --baseline teacher=Qwen/Qwen2-VL-7B-Instruct "
+    "--baseline student=HuggingFaceTB/SmolVLM-500M-Instruct --data test.jsonl --report report/"
+)
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles to measure.")],
+    data: Annotated[Path, typer.Option(help="Labelled questions (JSONL, or a benchmark's official file).")],
+    report: Annotated[Path, typer.Option(help="Folder of the report; also holds what is already measured.")],
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="teacher=MODEL, student=MODEL or aligned=ADAPTER; repeat for several.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N questions only.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per variant. Default: all cores.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Score bundles beside the models they came from, and write a report: HTML, Markdown and JSON."""
+    from mpa_edge.benchmarks.bench import BenchConfig
+    from mpa_edge.benchmarks.bench import bench as run_bench
+
+    config = BenchConfig(
+        bundles=bundles, baselines=baseline or [], data=data, report=report, limit=limit, threads=threads, seed=seed
+    )
+    with _resumable("each finished variant is kept"):
+        typer.echo(f"report: {run_bench(config).with_suffix('.html')}")
+
+
+@app.command(epilog="Example: mpa-edge demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
+) -> None:
+    """The whole road on the reference pair, offline: align, export, bench, report. Ten minutes on two cores."""
+    from mpa_edge.demo import demo as run_demo
+
+    with _resumable("what is done is not done again"):
+        typer.echo(f"report: {run_demo(out).with_suffix('.html')}")
+
+
 def main() -> None:
     """Entry point: library errors become one clean line and exit code 1; a bug keeps its traceback."""
     try:
@@ -80,3 +229,7 @@ def main() -> None:
     except MpaEdgeError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
