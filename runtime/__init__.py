@@ -1,1 +1,60 @@
-"""Bundle to answers (numpy, pillow, tokenizers and one engine; never torch)."""
+"""Bundle to answers: numpy, pillow, tokenizers and one engine; never torch.
+
+from mpa_edge.runtime import load
+
+with load("runs/signs/bundles/gguf-q8_0") as vlm:
+    print(vlm.ask("photo.jpg", "What does the sign say?").text)
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mpa_edge.bundle import read_bundle
+from mpa_edge.errors import BundleError, MissingExtra
+from mpa_edge.runtime.bundle_vlm import AnswerStream, BundleVlm
+from mpa_edge.runtime.images import open_image
+from mpa_edge.runtime.vlm import Answer, Decoding, Timings, Vlm
+
+__all__ = ["Answer", "AnswerStream", "BundleVlm", "Decoding", "Timings", "Vlm", "load", "open_image"]
+
+# Engine of the manifest -> our module, the library it stands on, its name on PyPI, and the extra that installs it.
+# Each module offers `open_engine(folder: Path, bundle: Bundle, threads: int) -> Engine`.
+ENGINES = {
+    "llama.cpp": ("mpa_edge.runtime.llamacpp", "llama_cpp", "llama-cpp-python", "gguf"),
+    "onnxruntime": ("mpa_edge.runtime.onnx", "onnxruntime", "onnxruntime", "onnx"),
+}
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> BundleVlm:
+    """Open the bundle in a folder with the engine that its manifest names.
+
+    `threads` is for the engine; by default all cores that this process may use. Raises `BundleError` for a damaged
+    bundle and `MissingExtra` when the engine is not installed. Close the result, or use it in a `with` statement.
+    """
+    folder = Path(path)
+    bundle = read_bundle(folder)
+    module, library, package, extra = ENGINES[bundle.engine]
+    try:
+        importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(package, extra) from error
+    tokenizer = _tokenizer(bundle.path_of(folder, "tokenizer"))
+    engine = importlib.import_module(module).open_engine(folder, bundle, threads or usable_cores())
+    return BundleVlm(bundle, engine, tokenizer)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise BundleError(f"{path} is no tokenizer: {error}") from error

@@ -1,0 +1,171 @@
+"""Pictures to tiles and tiles to pixel values: numpy and Pillow only, equal to the training processor's to the bit.
+
+The steps and their rounding are those of transformers' `Idefics3ImageProcessorPil`; the tests hold both side by side.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from typing import IO, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from mpa_edge.bundle import ImageSettings
+from mpa_edge.errors import ImageError
+
+Source: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | NDArray[np.uint16]"
+
+# Below the size from which Pillow itself warns of decompression bombs; 240 MB as RGB.
+MAX_PIXELS = 80_000_000
+# Formats that Pillow decodes by itself: EPS and the like would start other programs on a file from anywhere.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# transformers' MAX_IMAGE_SIZE: whatever `longest_edge` says, no picture is scaled beyond it.
+MAX_EDGE = 4096
+
+
+def open_image(source: Source, *, min_edge: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture as upright RGB: EXIF orientation applied, transparency laid on white, 16 bit scaled to 8.
+
+    `source` is a path, the bytes of a file, a PIL image, or an array (height, width[, 1 | 3 | 4]) of uint8 or uint16.
+    Raises `ImageError` with the reason `unreadable`, `truncated`, `too_large` (checked before decoding) or `too_small`
+    (an edge below `min_edge`).
+    """
+    name = _name_of(source)
+    # Pillow's decoders raise whatever they trip over; one bad file must stay one bad file.
+    try:
+        image = _undecoded(source)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(name, "too_large", str(error)) from error
+    except Exception as error:
+        raise _image_error(name, error) from error
+    try:
+        if image.width * image.height > max_pixels:
+            raise ImageError(name, "too_large", f"{image.width}x{image.height}, at most {max_pixels:,} pixels")
+        if min(image.size) < min_edge:
+            raise ImageError(name, "too_small", f"{image.width}x{image.height}, at least {min_edge}x{min_edge}")
+        return _decoded(image, name)
+    finally:
+        if image is not source:
+            image.close()
+
+
+def tiles_of(image: Image.Image, settings: ImageSettings) -> tuple[NDArray[np.uint8], int, int]:
+    """Cut an RGB picture as the training processor does.
+
+    Returns uint8 (tiles, tile_size, tile_size, 3) with the overview last, and the grid's rows and columns; (1, 0, 0)
+    where the picture is one tile.
+    """
+    resample = Image.Resampling[settings.resample.upper()]
+    tile = settings.tile_size
+    image = image.resize(_longest_edge_size(image.size, settings.longest_edge), resample)
+    if not settings.split:
+        return np.asarray(image.resize((tile, tile), resample))[None], 0, 0
+    image = image.resize(_whole_tiles_size(image.size, tile), resample)
+    if image.size == (tile, tile):
+        return np.asarray(image)[None], 0, 0
+    rows, columns = image.height // tile, image.width // tile
+    pixels = np.asarray(image).reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
+    overview = np.asarray(image.resize((tile, tile), resample))[None]
+    return np.concatenate([pixels, overview]), rows, columns
+
+
+def normalise(tiles: NDArray[np.uint8], settings: ImageSettings) -> NDArray[np.float32]:
+    """The model's pixel values: uint8 (tiles, height, width, 3) -> float32 (tiles, 3, height, width).
+
+    Rescaled in double and normalised in single precision, as transformers does.
+    """
+    pixels = (tiles.astype(np.float64) * settings.rescale_factor).astype(np.float32)
+    mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
+    return cast("NDArray[np.float32]", np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2)))
+
+
+def _undecoded(source: Source) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        array = source[..., 0] if source.ndim == 3 and source.shape[-1] == 1 else source
+        if array.dtype == np.uint16:
+            array = (array >> 8).astype(np.uint8)
+        if array.dtype != np.uint8:
+            raise ValueError(f"an array of {array.dtype}; uint8 or uint16 is needed")
+        return Image.fromarray(np.ascontiguousarray(array))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        file: IO[bytes] | str | os.PathLike[str] = io.BytesIO(source)
+    else:
+        file = source
+    return Image.open(file, formats=FORMATS)
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise _image_error(name, error) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip instead of scaling
+        values = np.asarray(image)
+        wide = image.mode != "I" or values.max() > 255
+        image = Image.fromarray((np.clip(values, 0, 65535) >> 8 if wide else values).astype(np.uint8))
+    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    # A fresh image: no file handle, no metadata that a later step could act on again.
+    rgb = Image.new("RGB", image.size)
+    rgb.paste(image.convert("RGB"))
+    return rgb
+
+
+def _longest_edge_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """The size at which the longer edge is `longest`; the shorter one is truncated and then made even."""
+    width, height = size
+    ratio = width / height
+    if width >= height:
+        width, height = longest, int(longest / ratio)
+        height += height % 2
+    else:
+        width, height = int(longest * ratio), longest
+        width += width % 2
+    return _below_max_edge(max(width, 1), max(height, 1))
+
+
+def _below_max_edge(width: int, height: int) -> tuple[int, int]:
+    ratio = width / height
+    if width >= height and width > MAX_EDGE:
+        width, height = MAX_EDGE, int(MAX_EDGE / ratio)
+    elif height > width and height > MAX_EDGE:
+        width, height = int(MAX_EDGE * ratio), MAX_EDGE
+    return max(width, 1), max(height, 1)
+
+
+def _whole_tiles_size(size: tuple[int, int], tile: int) -> tuple[int, int]:
+    """Both edges rounded up to whole tiles; the shorter one follows the longer one's rounding first."""
+    width, height = size
+    ratio = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        height = math.ceil(int(width / ratio) / tile) * tile
+    else:
+        height = math.ceil(height / tile) * tile
+        width = math.ceil(int(height * ratio) / tile) * tile
+    return width, height
+
+
+def _name_of(source: Source) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return {bytes: "picture in memory", np.ndarray: "array"}.get(type(source), "picture")
+
+
+def _image_error(name: str, error: Exception) -> ImageError:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return ImageError(name, "unreadable", f"no picture in one of the formats {', '.join(FORMATS)}")
+    why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return ImageError(name, "truncated" if "truncated" in why.lower() else "unreadable", why)
