@@ -1,0 +1,25 @@
+"""What a model folder holds, as one digest: two folders with one digest give the same answers."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from mpa_edge.bundle import sha256_of
+
+# Weights, settings, tokenizer and chat template; not READMEs and the like.
+SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf", ".onnx", ".onnx_data")
+
+
+def digest_of_folder(folder: Path) -> str:
+    """The SHA-256 over names and contents of the files that shape a model, in the order of their names."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES)
+    lines = (f"{path.name} {_digest(path, path.stat().st_size, path.stat().st_mtime_ns)}\n" for path in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Read a file once per process; size and time of change are part of the key only."""
+    return sha256_of(path)

@@ -1,0 +1,236 @@
+"""A transformers model behind the `Vlm` interface: left-padded batches, greedy or sampled row by row.
+
+Training takes its prompts from here too (`encode`, `target_ids`), so that the student is trained on exactly the tokens
+and pixels that it is asked with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationConfig
+
+from mpa_edge.digests import digest_of_folder
+from mpa_edge.errors import InputError, ModelError
+from mpa_edge.phases import Phases
+from mpa_edge.plain_text import PlainText, insert_left_padded
+from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
+from mpa_edge.sampling import RowSampling, seed_of
+
+# A private-use character stands for the user's text where a template is rendered to be cut there.
+SLOT = "\ue000"
+
+
+class TransformersVlm:
+    """A loaded model with its processor."""
+
+    engine = "transformers"
+
+    def __init__(
+        self, model: Any, processor: Any, *, name: str, source: dict[str, Any] | None = None, batch_size: int = 32
+    ) -> None:
+        """`source` says which weights these are (digest, revision, …), for fingerprints."""
+        self.name = name
+        self.batch_size = batch_size
+        self.model = model.eval()
+        self.processor = processor
+        self._source = source or {}
+        self._stops = self._stop_tokens()
+        self._plain = PlainText(processor.tokenizer)
+        # A model's own generation_config may sample, penalise repetitions and the like: the caller decides that here.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=self._stops, pad_token_id=self._pad, bos_token_id=model.generation_config.bos_token_id
+        )
+
+    @classmethod
+    def load(
+        cls, spec: str, *, name: str | None = None, device: str = "auto", dtype: str = "auto", batch_size: int = 32
+    ) -> TransformersVlm:
+        """Load a transformers folder or hub id; `ModelError` with the reason when that fails.
+
+        `device` auto takes CUDA, then Apple's GPU, then the CPU; `dtype` auto is float32 on the CPU and bfloat16
+        elsewhere.
+        """
+        place = _device(device)
+        precision = _dtype(dtype, place)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(spec, dtype=precision, use_safetensors=True)
+            processor = AutoProcessor.from_pretrained(spec)
+        except Exception as error:  # transformers raises whatever it trips over
+            raise ModelError(
+                f"{spec}: cannot be loaded as an image-text-to-text model ({_first_line(error)})"
+            ) from error
+        source = {"weights": digest_of_folder(Path(spec))} if Path(spec).is_dir() else {"hub_id": spec}
+        source["revision"] = getattr(model.config, "_commit_hash", None)
+        return cls(model.to(place), processor, name=name or _name_of(spec), source=source, batch_size=batch_size)
+
+    def answer(self, images: Sequence[Image], prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[Answer]:
+        """As `Vlm.answer`. Phases are timed where there is one pair only; a batch has no latency of its own."""
+        if len(images) != len(prompts):
+            raise InputError(f"{len(images)} pictures and {len(prompts)} prompts")
+        # Prompts of like length share a batch, so that little is padding.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            found = self._answer([images[index] for index in batch], [prompts[index] for index in batch], decoding)
+            answers.update(zip(batch, found, strict=True))
+        return [answers[index] for index in range(len(prompts))]
+
+    def encode(self, images: Sequence[Image], prompts: Sequence[str]) -> BatchFeature:
+        """The model's inputs for one user turn per picture, left-padded, on the model's device.
+
+        Special tokens that stand in a prompt (`<image>`, `<end_of_utterance>`) are encoded as the text they are.
+        """
+        typed = {row: prompt for row, prompt in enumerate(prompts) if self._plain.holds_added_tokens(prompt)}
+        turns = [
+            _turn({"type": "image", "image": image}, "" if row in typed else prompt)
+            for row, (image, prompt) in enumerate(zip(images, prompts, strict=True))
+        ]
+        inputs = self.processor.apply_chat_template(
+            turns,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        if typed:
+            after = self.processor.apply_chat_template([_turn({"type": "image"}, SLOT)], add_generation_prompt=True)[0]
+            tail = self.processor.tokenizer(after.partition(SLOT)[2], add_special_tokens=False)["input_ids"]
+            texts = {row: self._plain.encode(prompt) for row, prompt in typed.items()}
+            insert_left_padded(inputs, texts, before_last=len(tail), pad=self._pad)
+        return inputs.to(self.model.device, dtype=self.model.dtype)
+
+    def target_ids(self, answer: str) -> list[int]:
+        """The tokens that the model should write after the prompt: the answer as its chat template renders an
+        assistant's turn, up to and with the stop token."""
+        user = _turn({"type": "image"}, "?")[0]
+        assistant = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        template = self.processor.apply_chat_template
+        prompt = template([user], add_generation_prompt=True)
+        whole = template([user, assistant], add_generation_prompt=False)
+        text = whole[len(prompt) :] if whole.startswith(prompt) else answer
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        stop = next((place for place, token in enumerate(ids) if token in self._stops), None)
+        return [*ids, self._stops[0]] if stop is None else ids[: stop + 1]
+
+    def describe(self) -> dict[str, Any]:
+        """As `Vlm.describe`."""
+        import transformers
+
+        return {
+            "engine": self.engine,
+            "transformers": transformers.__version__,
+            **self._source,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "image": _image_settings(self.processor),
+        }
+
+    def close(self) -> None:
+        """Drop the model and give its memory back."""
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def _pad(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return int(self._stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    def _stop_tokens(self) -> list[int]:
+        """What ends an answer: the generation config's tokens, and the tokenizer's own."""
+        configured = self.model.generation_config.eos_token_id
+        stops = list(configured) if isinstance(configured, (list, tuple)) else [configured]
+        stops = [stop for stop in [*stops, self.processor.tokenizer.eos_token_id] if stop is not None]
+        if not stops:
+            raise ModelError(f"{self.name}: neither generation_config.json nor the tokenizer names a stop token")
+        return list(dict.fromkeys(stops))
+
+    def _answer(self, images: list[Image], prompts: list[str], decoding: Decoding) -> list[Answer]:
+        """One batch; halved as often as it does not fit into memory."""
+        try:
+            return self._generate(images, prompts, decoding)
+        except torch.OutOfMemoryError as error:
+            if len(images) == 1:
+                return [Answer("", finish_reason="error", error=f"out of memory: {_first_line(error)}")]
+        except (ValueError, RuntimeError) as error:
+            # One pair that a processor or model refuses must not take the others of its batch with it.
+            if len(images) == 1:
+                return [Answer("", finish_reason="error", error=_first_line(error))]
+        torch.cuda.empty_cache()
+        half = len(images) // 2
+        return [
+            *self._answer(images[:half], prompts[:half], decoding),
+            *self._answer(images[half:], prompts[half:], decoding),
+        ]
+
+    @torch.inference_mode()
+    def _generate(self, images: list[Image], prompts: list[str], decoding: Decoding) -> list[Answer]:
+        with Phases(self.model, watch=len(images) == 1) as phases:
+            inputs = self.encode(images, prompts)
+            phases.mark("encoded")
+            choose: list[Any] = [phases]
+            if decoding.temperature > 0:
+                seeds = [seed_of(decoding.seed, image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+                choose.append(RowSampling(seeds, decoding.temperature, decoding.top_p))
+            output = self.model.generate(
+                **inputs, max_new_tokens=decoding.max_new_tokens, do_sample=False, logits_processor=choose
+            )
+            phases.mark("done")
+        width = inputs["input_ids"].shape[1]
+        prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()
+        timings = phases.timings()
+        return [
+            self._answer_of(row, count, timings)
+            for row, count in zip(output[:, width:].tolist(), prompt_tokens, strict=True)
+        ]
+
+    def _answer_of(self, ids: list[int], prompt_tokens: int, timings: Any) -> Answer:
+        stop = next((place for place, token in enumerate(ids) if token in self._stops), None)
+        tokens = ids if stop is None else ids[:stop]
+        return Answer(
+            text=self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            tokens=tuple(tokens),
+            prompt_tokens=prompt_tokens,
+            finish_reason="length" if stop is None else "stop",
+            timings=timings,
+        )
+
+
+def _turn(image: dict[str, Any], prompt: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [image, {"type": "text", "text": prompt}]}]
+
+
+def _image_settings(processor: Any) -> dict[str, Any]:
+    """The image processor's settings that shape pixels, as JSON."""
+    settings = json.loads(processor.image_processor.to_json_string())
+    return {key: value for key, value in settings.items() if value is not None and not key.startswith("_")}
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: not available here ({_first_line(error)})") from error
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def _name_of(spec: str) -> str:
+    return Path(spec.rstrip("/")).name
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
