@@ -64,74 +64,68 @@ def _root(
 
 
 @contextmanager
-def _resumable(command: str) -> Iterator[None]:
+def _resumable() -> Iterator[None]:
     """Turn Ctrl-C into one line that says how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"\nStopped. What is finished is kept: type the same command again to go on ({command}).", err=True)
+        typer.echo("\nStopped. What is finished is kept: type the same command again to go on.", err=True)
         raise typer.Exit(130) from None
 
 
 @app.command(
     epilog="Example: mpa-edge align --images photos/ --teacher Qwen/Qwen2-VL-7B-Instruct "
-    "--student HuggingFaceTB/SmolVLM-500M-Instruct --task textvqa --out runs/shop"
+    "--student HuggingFaceTB/SmolVLM-500M-Instruct --task textvqa --out runs/shop",
+    short_help="Train the student on what the teacher knows and it does not.",
 )
 def align(
-    images: Annotated[Path, typer.Option(help="Folder of unlabeled pictures (or a text file with one path a line).")],
+    context: typer.Context,
+    images: Annotated[Path, typer.Option(help="Folder of unlabeled pictures, a glob, or a list with one path a line.")],
     teacher: Annotated[str, typer.Option(help="The large model: a folder, a hub id, or a bundle.")],
-    student: Annotated[str, typer.Option(help="The small model that is to be deployed: a folder or a hub id.")],
+    student: Annotated[str, typer.Option(help="The small model to deploy: a folder or a hub id.")],
     task: Annotated[str, typer.Option(help="What to ask about: sets prompts, answer rule and metric.")],
-    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/STUDENT-TASK.")] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions per picture.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N pictures only.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/TASK-STUDENT")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N pictures only.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Questions per picture.", show_default="1")] = None,
     select: Annotated[
-        Select, typer.Option(help="What becomes training data. All but parity are controls.")
-    ] = Select.parity,
+        Select | None, typer.Option(help="What becomes training data; the others are controls.", show_default="parity")
+    ] = None,
     match: Annotated[
-        Match, typer.Option(help="When an answer is right: the task's metric, or the paper's substring rule.")
-    ] = Match.metric,
+        Match | None, typer.Option(help="The task's metric, or the paper's substring rule.", show_default="metric")
+    ] = None,
     agreement: Annotated[
-        float, typer.Option(min=0, help="Agreement samples per parity sample, against forgetting.")
-    ] = 1.0,
-    epochs: Annotated[int, typer.Option(min=1, help="Most epochs; the best on the held-out share is kept.")] = 8,
-    lr: Annotated[float, typer.Option(help="Learning rate of the LoRA adapter.")] = 1e-3,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapter.")] = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures asked at once; halved when memory runs out.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
+        float | None,
+        typer.Option(help="Share of training samples both models answer right: less forgetting.", show_default="0.3"),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="At most; the best on held-out is kept.", show_default="10")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the adapter.", show_default="by student size")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter.", show_default="16")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pictures asked at once; halved when memory runs out.", show_default="32")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="auto")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same run.", show_default="0")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.")] = False,
 ) -> None:
-    """Train the student on what the teacher knows and it does not, from unlabeled pictures."""
+    """Train the student on what the teacher knows and it does not, from unlabeled pictures.
+
+    Type the same command again after an interruption: it goes on where it was.
+    """
     from mpa_edge.align import align as run_align
     from mpa_edge.config import AlignConfig
 
-    config = AlignConfig(
-        images=images,
-        teacher=teacher,
-        student=student,
-        task=task,
-        out=out,
-        questions=questions,
-        limit=limit,
-        select=select.value,
-        match=match.value,
-        agreement=agreement,
-        epochs=epochs,
-        lr=lr,
-        rank=rank,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        fresh=fresh,
-    )
-    with _resumable("--fresh starts over"):
-        typer.echo(run_align(config).summary())
+    given = {name: getattr(value, "value", value) for name, value in context.params.items() if value is not None}
+    with _resumable():
+        typer.echo(run_align(AlignConfig(**given)).summary())
 
 
-@app.command(epilog="Example: mpa-edge export runs/shop --format gguf --quant q8_0,q4_k_m")
+@app.command(
+    epilog="Example: mpa-edge export runs/shop --format gguf --quant q8_0,q4_k_m",
+    short_help="Merge, check, convert, quantize and verify: run to bundle.",
+)
 def export(
     source: Annotated[
         Path | None, typer.Argument(metavar="[RUN|MODEL]", help="A run, or a model folder. Default: the newest run.")
@@ -164,7 +158,10 @@ def _newest_run() -> Path:
     return runs[-1].parent
 
 
-@app.command(epilog="Example: mpa-edge ask runs/shop/bundles/gguf-q8_0 photo.jpg 'What does the sign say?' --timings")
+@app.command(
+    epilog="Example: mpa-edge ask runs/shop/bundles/gguf-q8_0 photo.jpg 'What does the sign say?' --timings",
+    short_help="Answer a question about a picture from a bundle.",
+)
 def ask(
     bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge export made.")],
     image: Annotated[Path, typer.Argument(help="A picture.")],
@@ -187,7 +184,8 @@ def ask(
 
 @app.command(
     epilog="Example: mpa-edge bench runs/shop/bundles/gguf-q8_0 --baseline teacher=Qwen/Qwen2-VL-7B-Instruct "
-    "--baseline student=HuggingFaceTB/SmolVLM-500M-Instruct --data test.jsonl --report report/"
+    "--baseline student=HuggingFaceTB/SmolVLM-500M-Instruct --data test.jsonl --report report/",
+    short_help="Score bundles beside the models they came from: a report.",
 )
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles to measure.")],
@@ -207,18 +205,21 @@ def bench(
     config = BenchConfig(
         bundles=bundles, baselines=baseline or [], data=data, report=report, limit=limit, threads=threads, seed=seed
     )
-    with _resumable("each finished variant is kept"):
+    with _resumable():
         typer.echo(f"report: {run_bench(config).with_suffix('.html')}")
 
 
-@app.command(epilog="Example: mpa-edge demo --out runs/demo")
+@app.command(
+    epilog="Example: mpa-edge demo --out runs/demo",
+    short_help="The whole road on the reference pair, offline, in ten minutes.",
+)
 def demo(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
 ) -> None:
     """The whole road on the reference pair, offline: align, export, bench, report. Ten minutes on two cores."""
     from mpa_edge.demo import demo as run_demo
 
-    with _resumable("what is done is not done again"):
+    with _resumable():
         typer.echo(f"report: {run_demo(out).with_suffix('.html')}")
 
 

@@ -1,0 +1,58 @@
+"""The command line is a thin skin: its help is true, its errors are one line, and the README knows every command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from mpa_edge.cli import app
+from mpa_edge.config import AlignConfig
+
+ROOT = Path(__file__).parent.parent.parent
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_an_example_and_a_place_in_the_readme(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help
+    assert f"mpa-edge {name}" in (command.epilog or "")
+    assert f"mpa-edge {name}" in (ROOT / "README.md").read_text()
+    assert all(option.help for option in command.params if option.name not in ("help", "context"))
+    assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+
+
+def test_the_defaults_that_help_shows_are_the_settings_own() -> None:
+    shown = {option.name: option.show_default for option in COMMANDS["align"].params}
+    for name in ("questions", "select", "match", "agreement", "epochs", "rank", "batch_size", "device", "dtype", "seed"):
+        assert shown[name] == str(AlignConfig.model_fields[name].default), name
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mpa_edge.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_an_error_is_one_line_with_the_cure_and_exit_code_1(tmp_path: Path) -> None:
+    result = run("export", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "error: there is no run in runs/: name one, or make one with mpa-edge align\n"
+
+
+def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
+    result = run("ask", str(tmp_path), "picture.png", "What?", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "bundle.json" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_wrong_setting_names_the_flag(tmp_path: Path) -> None:
+    pictures = ("--images", ".", "--teacher", "t", "--student", "s", "--task", "reference")
+    result = run("align", *pictures, "--agreement", "7", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "--agreement" in result.stderr
