@@ -74,7 +74,7 @@ class Idefics3:
             chat_template=_self_contained(processor.chat_template or tokenizer.chat_template, tokenizer),
             question_template=question_template,
             image_token=processor.image_token,
-            stop_token_ids=tuple(sorted(_stop_tokens(config, processor))),
+            stop_token_ids=tuple(sorted(_stop_tokens(config, tokenizer))),
             max_new_tokens=max_new_tokens,
             context_length=config["text_config"]["max_position_embeddings"],
         )
@@ -111,15 +111,11 @@ def _longest_edge(images: Any, name: str) -> int:
     return int(edge)
 
 
-def _stop_tokens(config: Mapping[str, Any], processor: Any) -> set[int]:
-    """All tokens that end an answer: those that `generate` stops at, and the end of the turn."""
-    stops = {processor.tokenizer.convert_tokens_to_ids(processor.end_of_utterance_token)}
-    for ids in (
-        config["generation_config"].get("eos_token_id"),
-        config["text_config"].get("eos_token_id"),
-        processor.tokenizer.eos_token_id,
-    ):
-        stops.update(ids if isinstance(ids, list) else [ids])
+def _stop_tokens(config: Mapping[str, Any], tokenizer: Any) -> set[int]:
+    """What ends an answer, as in `TransformersVlm`: the generation config's tokens, and the tokenizer's own."""
+    stops = {tokenizer.eos_token_id}
+    ids = config["generation_config"].get("eos_token_id", config["text_config"].get("eos_token_id"))
+    stops.update(ids if isinstance(ids, list) else [ids])
     return {int(token) for token in stops if token is not None}
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mpa_edge.bundle import read_bundle
+from mpa_edge.bundle import Bundle, read_bundle
 from mpa_edge.errors import BundleError, MissingExtra
 from mpa_edge.runtime.bundle_vlm import AnswerStream, BundleVlm
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Answer, Decoding, Timings, Vlm
 
-__all__ = ["Answer", "AnswerStream", "BundleVlm", "Decoding", "Timings", "Vlm", "load", "open_image"]
+__all__ = ["Answer", "AnswerStream", "BundleVlm", "Decoding", "Timings", "Vlm", "load", "open_bundle", "open_image"]
 
 # Engine of the manifest -> our module, the library it stands on, its name on PyPI, and the extra that installs it.
 # Each module offers `open_engine(folder: Path, bundle: Bundle, threads: int) -> Engine`.
@@ -37,7 +37,11 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> BundleV
     bundle and `MissingExtra` when the engine is not installed. Close the result, or use it in a `with` statement.
     """
     folder = Path(path)
-    bundle = read_bundle(folder)
+    return open_bundle(folder, read_bundle(folder), threads=threads)
+
+
+def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None) -> BundleVlm:
+    """Like `load`, with a manifest in hand; export uses it to verify a bundle before it writes the manifest."""
     module, library, package, extra = ENGINES[bundle.engine]
     try:
         importlib.import_module(library)
