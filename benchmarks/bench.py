@@ -1,0 +1,191 @@
+"""Any set of models on the same questions, each in a process of its own, to one report.
+
+    bench(config)            reads the questions, measures, writes report.json, report.html, report.md and raw.jsonl
+    report_of(...)           the report of what is measured, as a dict after report.schema.json
+
+What is measured lies under REPORT/raw/, a folder per variant, named by content: a second run does only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from mpa_edge import __version__
+from mpa_edge.answers import metric_named
+from mpa_edge.benchmarks.display import on_terminal
+from mpa_edge.benchmarks.host import host, usable_cores
+from mpa_edge.benchmarks.measure import Measured, Say, measure
+from mpa_edge.benchmarks.report import write_report
+from mpa_edge.benchmarks.sample import Item, items_of, latency_set, stratified
+from mpa_edge.benchmarks.score import Scored, compare, first, gap_closed, score
+from mpa_edge.benchmarks.variants import Variant, size_bytes, variants_of
+from mpa_edge.benchmarks.verdict import verdict
+from mpa_edge.benchmarks.worker import Job
+from mpa_edge.bundle import MANIFEST, read_bundle
+from mpa_edge.config import Settings
+from mpa_edge.errors import InputError
+from mpa_edge.labelled import Questions, read_questions
+from mpa_edge.records import write_atomic, write_rows
+from mpa_edge.tasks import Task, task_named
+
+REPORT, RAW_ROWS = "report.json", "raw.jsonl"
+
+
+class BenchConfig(Settings):
+    """What `mpa-edge bench` does. The field `latency_n` is the flag `--latency-n`, and so on.
+
+    `bundles` are folders of exported bundles, `baselines` are `role=spec` or `spec`, where the role is teacher,
+    student, aligned or merged and the spec a folder, a hub id or a fake (`mpa_edge.fake`). `data` is a labelled test
+    set. `task` sets prompt and metric; bundles know theirs, so it is needed only without one. `limit` draws a
+    stratified sample. `latency_n` distinct pictures are timed, one at a time. `batch_size` is for the
+    accuracy part of transformers models only. `name` is what the report calls the data.
+    """
+
+    data: Path
+    bundles: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
+    report: Path = Path("report")
+    task: str | None = None
+    name: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    latency_n: int = Field(default=50, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("bundles", "baselines", mode="before")
+    @classmethod
+    def _texts(cls, values: Any) -> Any:
+        return tuple(map(str, values)) if isinstance(values, (list, tuple)) else values
+
+
+def bench(config: BenchConfig, say: Say | None = None) -> Path:
+    """Measure and write the report; returns the path of report.json, beside which lie report.html and report.md.
+
+    `say(variant, phase, done, of)` hears of the progress; without it a terminal shows bars. A variant that fails is in
+    the report with its reason. Raises `InputError` for data, models or flags that cannot be used.
+    """
+    variants = variants_of(config.bundles, config.baselines)
+    task = task_of(config, variants)
+    questions = read_questions(config.data)
+    asked = stratified(questions, config.limit, config.seed)
+    items = items_of(asked, task.prompt)
+    warm_up, timed = latency_set(items_of(questions, task.prompt), config.latency_n, config.seed)
+    machine = host()
+    raw = config.report / "raw"
+    measured = {}
+    with on_terminal([variant.name for variant in variants], say) as tell:
+        for variant in variants:
+            job = Job(
+                name=variant.name,
+                spec=variant.spec,
+                threads=config.threads or usable_cores(),
+                max_new_tokens=task.max_new_tokens,
+                batch_size=config.batch_size,
+                warm_up=[ask.to_json() for ask in warm_up],
+                latency=[ask.to_json() for ask in timed],
+                accuracy=[item.ask.to_json() for item in items],
+            )
+            measured[variant.name] = measure(variant, job, raw, tell)
+    report, scored = report_of(config, task, questions, items, variants, measured, machine)
+    write_rows(config.report / RAW_ROWS, raw_rows(items, scored, measured))
+    write_atomic(config.report / REPORT, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_report(config.report, report, items, scored, measured)
+    return config.report / REPORT
+
+
+def task_of(config: BenchConfig, variants: Sequence[Variant]) -> Task:
+    """The task that was named, else the one that the bundles were made for."""
+    if config.task:
+        return task_named(config.task)
+    bundles = [Path(variant.spec) for variant in variants if (Path(variant.spec) / MANIFEST).is_file()]
+    names = {name for name in (read_bundle(path).source.task for path in bundles) if name}
+    if len(names) != 1:
+        raise InputError(
+            f"--task is needed: the bundles were made for different tasks ({', '.join(sorted(names))})"
+            if names
+            else "--task is needed: no bundle says which task it was made for"
+        )
+    return task_named(names.pop())
+
+
+def report_of(
+    config: BenchConfig,
+    task: Task,
+    questions: Questions,
+    items: Sequence[Item],
+    variants: Sequence[Variant],
+    measured: dict[str, Measured],
+    machine: dict[str, Any],
+) -> tuple[dict[str, Any], list[Scored]]:
+    """The report as report.schema.json has it, and the scores behind it."""
+    metric = metric_named(task.metric)
+    scored = [
+        score(variant, measured[variant.name], items, metric, task.metric, size_bytes(variant.spec), config.seed)
+        for variant in variants
+    ]
+    entries = [one.entry for one in scored]
+    for entry in entries:
+        entry["gap_closed"] = gap_closed(entries, entry)
+    comparisons = compare(scored, config.seed)
+    report = {
+        "schema": 1,
+        "tool_version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "data": about_data(config, questions, items),
+        "task": {"name": task.name, "metric": task.metric, "question_template": task.question_template},
+        "settings": {
+            "threads": config.threads or usable_cores(),
+            "latency_n": config.latency_n,
+            "batch_size": config.batch_size,
+            "max_new_tokens": task.max_new_tokens,
+            "limit": config.limit,
+            "seed": config.seed,
+        },
+        "host": machine,
+        "variants": entries,
+        "comparisons": comparisons,
+        "gap_closed": gap_closed(entries, first(entries, "aligned", "merged", "full", "quantized")),
+        "verdict": verdict(entries, comparisons),
+    }
+    return report, scored
+
+
+def about_data(config: BenchConfig, questions: Questions, items: Sequence[Item]) -> dict[str, Any]:
+    """Name, counts and digest of what was asked."""
+    content = [(item.ask.key, *item.question.answers) for item in items]
+    return {
+        "name": config.name or config.data.stem,
+        "n": len(items),
+        "of": len(questions),
+        "pictures": len({item.picture for item in items}),
+        "sha256": hashlib.sha256(repr(content).encode()).hexdigest(),
+        "skipped": dict(Counter(skipped.reason for skipped in questions.skipped)),
+    }
+
+
+def raw_rows(items: Sequence[Item], scored: Sequence[Scored], measured: dict[str, Measured]) -> list[dict[str, Any]]:
+    """Every answer and every timing, one row each."""
+    by_key = {item.ask.key: item.question for item in items}
+    rows = []
+    for one in scored:
+        name = one.variant.name
+        answers = measured[name].answers
+        for place, item in enumerate(items):
+            if item.ask.key in answers:
+                value = one.scores[place] if one.scores else None
+                about = {"id": item.question.id, "kind": item.question.kind, "question": item.question.question}
+                answer = answers[item.ask.key].to_json()
+                rows.append({"variant": name, "part": "accuracy", **about, "score": value, **answer})
+        for row in measured[name].latency:
+            about = {"id": by_key[row.key].id} if row.key in by_key else {"id": None}
+            rows.append({"variant": name, "part": "latency", **about, **row.to_json()})
+    return rows

@@ -1,0 +1,107 @@
+"""The machine that measured, as far as it shapes the figures. No host names, users or paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "mpa-edge",
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "llama-cpp-python",
+    "onnxruntime",
+    "torch",
+    "transformers",
+    "peft",
+)
+
+
+def host() -> dict[str, Any]:
+    """CPU, cores, memory, system, versions and the load before the measurement; None for what the system hides."""
+    return {
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "memory_mb": memory_mb(),
+        "os": system_name(),
+        "machine": platform.machine() or None,
+        "python": platform.python_version(),
+        "versions": versions(),
+        "load_average": load_average(),
+    }
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str | None:
+    """As the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model", "Hardware"):
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or None
+
+
+def memory_mb() -> float | None:
+    """Physical memory in megabytes of 1,000,000 bytes."""
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def system_name() -> str:
+    """The distribution where it says so, else the kernel's name."""
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return f"{platform.system()} {platform.release()}".strip()
+
+
+def load_average() -> float | None:
+    """Runnable processes over the last minute: above zero before a measurement, the machine was not idle."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """The installed libraries that produce answers and timings."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory that this process ever held in RAM.
+
+    Linux: VmHWM, since `ru_maxrss` there also remembers what the parent held before it started us.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except ImportError:
+        return None
+    return peak if platform.system() == "Darwin" else peak * 1024

@@ -1,0 +1,135 @@
+"""Measure one variant: find what is already measured, start a fresh process for the rest, and read its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpa_edge.benchmarks.host import cpu_name, usable_cores, versions
+from mpa_edge.benchmarks.variants import Variant, content_digest
+from mpa_edge.benchmarks.worker import ANSWERS, ERROR, LATENCY, MEASURED, Job, Row, whole_rows
+
+Say = Callable[[str, str, int, int], None]  # variant, phase, done, of
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a variant. `reason` says why it failed; then the rest may be empty."""
+
+    answers: dict[str, Row]
+    latency: list[Row]
+    engine: str | None = None
+    load_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    reason: str | None = None
+
+
+def measure(variant: Variant, job: Job, raw: Path, say: Say) -> Measured:
+    """Answers and timings of a variant, from `raw` where they are there already."""
+    digest = content_digest(variant.spec)
+    folder = raw / folder_name(variant, job, digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A hub id may have moved on since: only opening the model tells, and the worker keeps what is still valid.
+    reason = None if digest and is_complete(folder, job) else run_worker(variant.name, job, folder, say)
+    if reason is None:
+        say(variant.name, "done", 1, 1)
+    return read_measured(folder, reason)
+
+
+def folder_name(variant: Variant, job: Job, digest: str | None) -> str:
+    """Names what shapes a variant's answers and timings but for the questions: those are in the rows' keys."""
+    settings = (job.max_new_tokens, job.threads, cpu_name(), usable_cores(), sorted(versions().items()))
+    content = hashlib.sha256(repr((digest or variant.spec, settings)).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', variant.name)[:60]}-{content[:10]}"
+
+
+def is_complete(folder: Path, job: Job) -> bool:
+    """Whether there is nothing left to measure."""
+    about = read_json(folder / MEASURED)
+    if not about.get("done"):
+        return False
+    timed = [row.key for row in whole_rows(folder / LATENCY)]
+    answered = {row.key for row in whole_rows(folder / ANSWERS)}
+    return timed == [ask["key"] for ask in job.latency] and answered >= {ask["key"] for ask in job.accuracy}
+
+
+def run_worker(name: str, job: Job, folder: Path, say: Say) -> str | None:
+    """Do the job in a fresh process; returns why it failed, or None."""
+    command = [sys.executable, "-m", "mpa_edge.benchmarks.worker", str(folder)]
+    (folder / ERROR).unlink(missing_ok=True)
+    with (folder / "stderr.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(job.threads)
+        )
+        try:
+            send(process, json.dumps(job.to_json()))
+            relay(process, name, say)
+            code = process.wait()
+        finally:  # Ctrl-C, or a broken display: a model left running would spoil the next variant's timings
+            process.kill()
+            process.wait()
+    return None if code == 0 else failure(code, folder)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Ours, with the thread count for every library that reads one from there, and no downloads' progress bars."""
+    count = str(threads)
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **dict.fromkeys(names, count), **quiet}
+
+
+def send(process: subprocess.Popen[bytes], text: str) -> None:
+    """Hand the job over; a worker that is gone already says why in its exit code."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(text.encode())
+        process.stdin.close()
+    except BrokenPipeError:
+        pass
+
+
+def relay(process: subprocess.Popen[bytes], name: str, say: Say) -> None:
+    """Pass the worker's progress on; libraries may print to the same stream, and such lines are skipped."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            told = json.loads(line)
+            say(name, told["phase"], told["done"], told["of"])
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def failure(code: int, folder: Path) -> str:
+    """Why a worker failed, in one line."""
+    told = read_json(folder / ERROR).get("reason")
+    if told:
+        return str(told).strip().splitlines()[0]
+    if code < 0:
+        hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+        return f"the process was ended by {signal.Signals(-code).name}{hint}"
+    return f"the process ended with exit code {code}; see {folder.name}/stderr.log"
+
+
+def read_measured(folder: Path, reason: str | None) -> Measured:
+    """What lies in a variant's folder."""
+    about = read_json(folder / MEASURED)
+    answers = {row.key: row for row in whole_rows(folder / ANSWERS)}
+    latency = whole_rows(folder / LATENCY)
+    known = {key: about.get(key) for key in ("engine", "load_ms", "peak_memory_bytes")}
+    return Measured(answers, latency, **known, reason=reason)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found

@@ -1,0 +1,171 @@
+"""Rows to figures: one variant's entry in report.json, the comparisons, and the share of the gap that is closed."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from mpa_edge.answers import Metric, metric_named
+from mpa_edge.benchmarks.measure import Measured
+from mpa_edge.benchmarks.sample import Item
+from mpa_edge.benchmarks.stats import Estimate, mean_interval, paired_difference, percentile
+from mpa_edge.benchmarks.variants import Variant
+from mpa_edge.benchmarks.worker import Row
+
+PHASES = ("preprocess", "vision", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A variant with its score per question, in the questions' order; empty where it failed."""
+
+    variant: Variant
+    scores: list[float]
+    entry: dict[str, Any]
+
+
+def score(
+    variant: Variant, measured: Measured, items: Sequence[Item], metric: Metric, name: str, size: int | None, seed: int
+) -> Scored:
+    """A variant's entry. An answer that did not come counts as wrong; a variant that failed has no accuracy at all."""
+    rows = [measured.answers.get(item.ask.key) for item in items]
+    known = [row for row in rows if row is not None]
+    whole = measured.reason is None and len(known) == len(items)
+    scores = scores_of(known, items, metric) if whole else []
+    entry = {
+        "name": variant.name,
+        "role": variant.role,
+        "step": variant.step,
+        "engine": measured.engine or variant.engine,
+        "quantization": variant.quantization,
+        "accuracy": {"metric": name, **estimate(mean_interval(scores, seed=seed))},
+        "containment": mean(scores_of(known, items, metric_named("containment"))) if whole else None,
+        "kinds": by(lambda item: item.question.kind, items, scores, seed),
+        "groups": by(lambda item: item.question.group, items, scores, seed),
+        "errors": dict(Counter(row.error or "unknown" for row in known if row.finish_reason == "error")),
+        "cut_off": sum(row.finish_reason == "length" for row in known),
+        "latency_ms": latency(measured.latency),
+        "load_ms": rounded(measured.load_ms),
+        "size_mb": megabytes(size),
+        "peak_memory_mb": megabytes(measured.peak_memory_bytes),
+        "failed": measured.reason or (None if whole else f"{len(items) - len(known)} questions have no answer"),
+    }
+    return Scored(variant, scores, entry)
+
+
+def scores_of(rows: Sequence[Row], items: Sequence[Item], metric: Metric) -> list[float]:
+    """The metric per question; 0 for an answer that did not come."""
+    return [
+        0.0 if row.finish_reason == "error" else float(metric(row.text, item.question.answers))
+        for row, item in zip(rows, items, strict=True)
+    ]
+
+
+def by(
+    label: Callable[[Item], str], items: Sequence[Item], scores: Sequence[float], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Accuracy per label; questions without one are left out."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for item, value in zip(items, scores, strict=False):
+        if label(item):
+            found[label(item)].append(value)
+    return {name: estimate(mean_interval(found[name], seed=seed)) for name in sorted(found)}
+
+
+def estimate(found: Estimate | None) -> dict[str, Any]:
+    """A mean as the report holds it; null where there is none."""
+    if found is None:
+        return {"value": None, "ci95": None, "n": 0}
+    return {"value": round(found.value, 5), "ci95": [round(found.low, 5), round(found.high, 5)], "n": found.n}
+
+
+def latency(rows: Sequence[Row]) -> dict[str, Any]:
+    """Percentiles of the total by the caller's clock, and the median of each phase that the engine tells."""
+    known = [row for row in rows if row.wall_ms is not None and row.finish_reason != "error"]
+    walls = [row.wall_ms for row in known]
+    total = {f"p{q}": rounded(percentile(walls, q)) for q in (50, 90, 95, 99)} | {
+        "max": rounded(percentile(walls, 100))
+    }
+    phases = {phase: rounded(percentile([row.timings.get(phase) for row in known], 50)) for phase in PHASES}
+    tokens = [row.n_tokens for row in known]
+    return {"total": total, **phases, "n": len(known), "tokens_per_answer": rounded(percentile(tokens, 50))}
+
+
+def compare(scored: Sequence[Scored], seed: int) -> list[dict[str, Any]]:
+    """`b` against `a` on the same questions: each step of the road, then every variant against teacher and student."""
+    usable = [one for one in scored if one.scores]
+    pairs = {(a.variant.name, b.variant.name): (a, b, "road") for a, b in road(usable)}
+    for role in ("teacher", "student"):
+        for a in [one for one in usable if one.variant.step == role][:1]:
+            for b in usable:
+                names = (a.variant.name, b.variant.name)
+                if b is not a and not {names, names[::-1]} & pairs.keys():
+                    pairs[names] = (a, b, role)
+    return [comparison(a, b, against, seed) for a, b, against in pairs.values()]
+
+
+def road(scored: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
+    """Neighbours on the road: teacher, student, aligned, merged, then per engine full precision and each quantized."""
+    found: dict[str, list[Scored]] = defaultdict(list)
+    for one in scored:
+        found[one.variant.step].append(one)
+    trunk = [found[step][0] for step in ("teacher", "student", "aligned", "merged") if found[step]]
+    pairs = list(pairwise(trunk))
+    for full in found["full"]:
+        pairs += [(trunk[-1], full)] if trunk else []
+    for quantized in found["quantized"]:
+        parents = [full for full in found["full"] if full.entry["engine"] == quantized.entry["engine"]] or trunk
+        pairs += [(parents[-1], quantized)] if parents else []
+    return pairs
+
+
+def comparison(a: Scored, b: Scored, against: str, seed: int) -> dict[str, Any]:
+    """The entry of a pair; `delta` is what `b` has more than `a`."""
+    found = paired_difference(a.scores, b.scores, seed=seed)
+    assert found is not None  # both have scores
+    return {
+        "a": a.variant.name,
+        "b": b.variant.name,
+        "against": against,
+        "delta": round(found.value, 5),
+        "ci95": [round(found.low, 5), round(found.high, 5)],
+        "p": found.p,
+        "n": found.n,
+    }
+
+
+def gap_closed(entries: Sequence[dict[str, Any]], of: dict[str, Any] | None) -> float | None:
+    """(x - student) / (teacher - student); None without the three, or where the teacher is not ahead."""
+    teacher, student = (first(entries, step) for step in ("teacher", "student"))
+    values = [one["accuracy"]["value"] if one else None for one in (of, student, teacher)]
+    if any(value is None for value in values):
+        return None
+    x, low, high = values
+    return round((x - low) / (high - low), 5) if high > low else None
+
+
+def first(entries: Sequence[dict[str, Any]], *steps: str) -> dict[str, Any] | None:
+    """The first variant with an accuracy whose step comes first in `steps`."""
+    for step in steps:
+        for entry in entries:
+            if entry["step"] == step and entry["accuracy"]["value"] is not None:
+                return entry
+    return None
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Rounded mean; None of nothing."""
+    return round(sum(values) / len(values), 5) if values else None
+
+
+def rounded(value: float | None) -> float | None:
+    """A time in milliseconds to the microsecond."""
+    return None if value is None else round(value, 3)
+
+
+def megabytes(size: int | None) -> float | None:
+    """Of 1,000,000 bytes."""
+    return None if size is None else round(size / 1e6, 3)

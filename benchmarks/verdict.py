@@ -1,0 +1,164 @@
+"""The figures in words: which bundle to deploy, and what each step of the road gained or cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+from mpa_edge.benchmarks.score import first
+
+# Bundles this close to the most accurate one are as good as it; among them the faster one wins.
+TOLERANCE = 0.01
+
+Entry = dict[str, Any]
+
+
+def verdict(entries: Sequence[Entry], comparisons: Sequence[Entry]) -> dict[str, Any]:
+    """`pick` (a variant's name or None), `decision` (deploy, undecided, keep, none), `headline` and `reasons`.
+
+    deploy: the picked bundle beats the student, and the interval of the difference is above 0. keep: it is worse, and
+    the interval is below 0. undecided: neither. none: there is no bundle, or no student to beat.
+    """
+    chosen = pick(entries)
+    student = first(entries, "student")
+    against = between(comparisons, student, chosen)
+    decision = decide(against)
+    return {
+        "pick": chosen["name"] if chosen else None,
+        "decision": decision,
+        "headline": headline(decision, chosen, entries),
+        "reasons": reasons(entries, comparisons, chosen),
+    }
+
+
+def pick(entries: Sequence[Entry]) -> Entry | None:
+    """The fastest of the bundles within one point of the most accurate one; the smaller one where they tie."""
+    bundles = [entry for entry in entries if entry["role"] == "bundle" and entry["accuracy"]["value"] is not None]
+    if not bundles:
+        return None
+    best = max(entry["accuracy"]["value"] for entry in bundles)
+    close = [entry for entry in bundles if entry["accuracy"]["value"] >= best - TOLERANCE]
+    return min(close, key=lambda entry: (entry["latency_ms"]["total"]["p50"] or inf, entry["size_mb"] or inf))
+
+
+def decide(against: Entry | None) -> str:
+    """What a comparison with the student says."""
+    if against is None:
+        return "none"
+    low, high = against["ci95"]
+    return "deploy" if low > 0 else "keep" if high < 0 else "undecided"
+
+
+def headline(decision: str, chosen: Entry | None, entries: Sequence[Entry]) -> str:
+    """One sentence."""
+    if chosen is None:
+        return "No bundle was measured, so there is nothing to deploy yet."
+    opening = {
+        "deploy": f"Deploy {chosen['name']}",
+        "keep": f"Do not deploy {chosen['name']}: the base student is better",
+        "undecided": f"Undecided: {chosen['name']} cannot be told from the base student",
+        "none": chosen["name"],
+    }[decision]
+    others = [
+        f"{entry['name']} {percent(entry['accuracy']['value'])}"
+        for entry in (first(entries, "student"), first(entries, "teacher"))
+        if entry
+    ]
+    beside = f" (beside it: {', '.join(others)})" if others else ""
+    facts = [f"{percent(chosen['accuracy']['value'])} right{beside}"]
+    if chosen["latency_ms"]["total"]["p50"] is not None:
+        facts.append(f"{milliseconds(chosen['latency_ms']['total']['p50'])} per answer")
+    if chosen["size_mb"] is not None:
+        facts.append(f"{size(chosen['size_mb'])} on disk")
+    return f"{opening}. It has {', '.join(facts)}."
+
+
+def reasons(entries: Sequence[Entry], comparisons: Sequence[Entry], chosen: Entry | None) -> list[str]:
+    """What each step did, in the road's order."""
+    said = [
+        alignment(entries, comparisons),
+        *(step(comparisons, entry) for entry in entries if entry["step"] in ("merged", "full", "quantized")),
+        beside_teacher(entries, chosen),
+        *(f"{entry['name']} failed: {entry['failed']}." for entry in entries if entry["failed"]),
+    ]
+    return [sentence for sentence in said if sentence]
+
+
+def alignment(entries: Sequence[Entry], comparisons: Sequence[Entry]) -> str | None:
+    """What alignment gained."""
+    aligned = first(entries, "aligned", "merged", "full")
+    found = between(comparisons, first(entries, "student"), aligned)
+    if found is None or aligned is None:
+        return None
+    low, high = found["ci95"]
+    what = "raised" if low > 0 else "lowered" if high < 0 else "did not measurably change"
+    closed = aligned.get("gap_closed")
+    share = f" and closed {closed:.0%} of the gap to the teacher" if closed is not None and low > 0 else ""
+    return f"Alignment {what} the student's accuracy: {change(found)}{share}."
+
+
+def step(comparisons: Sequence[Entry], entry: Entry) -> str | None:
+    """What conversion or quantization cost a bundle, against the step before it."""
+    found = next((one for one in comparisons if one["against"] == "road" and one["b"] == entry["name"]), None)
+    if found is None:
+        return None
+    what = {"merged": "Merging", "full": "Conversion"}.get(entry["step"], "Quantization")
+    low, high = found["ci95"]
+    if low <= 0 <= high:
+        return f"{what} to {entry['name']} cost nothing that {found['n']:,} questions can show: {change(found)}."
+    return f"{what} to {entry['name']} {'gained' if low > 0 else 'cost'} accuracy: {change(found)}."
+
+
+def beside_teacher(entries: Sequence[Entry], chosen: Entry | None) -> str | None:
+    """How much smaller, faster and lighter the picked bundle is."""
+    teacher = next((entry for entry in entries if entry["step"] == "teacher" and not entry["failed"]), None)
+    if teacher is None or chosen is None:
+        return None
+    ratios = [
+        ("smaller", teacher["size_mb"], chosen["size_mb"]),
+        ("faster", teacher["latency_ms"]["total"]["p50"], chosen["latency_ms"]["total"]["p50"]),
+        ("lighter in memory", teacher["peak_memory_mb"], chosen["peak_memory_mb"]),
+    ]
+    told = [f"{large / small:.1f}× {word}" for word, large, small in ratios if large and small and large > small]
+    return f"Beside the teacher, {chosen['name']} is {', '.join(told)}." if told else None
+
+
+def between(comparisons: Sequence[Entry], a: Entry | None, b: Entry | None) -> Entry | None:
+    """The comparison of two variants."""
+    if a is None or b is None:
+        return None
+    return next((one for one in comparisons if (one["a"], one["b"]) == (a["name"], b["name"])), None)
+
+
+def change(found: Entry) -> str:
+    """A difference with its interval, in points."""
+    low, high = found["ci95"]
+    return f"{points(found['delta'])} points (95% interval {points(low)} to {points(high)})"
+
+
+def percent(value: float | None) -> str:
+    """0.613 -> 61.3%"""
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def points(value: float) -> str:
+    """0.123 -> +12.3, with a true minus sign; no sign on what rounds to zero."""
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def milliseconds(value: float | None) -> str:
+    """Three figures at most: 0.84 ms, 12.3 ms, 345 ms, 2.41 s."""
+    if value is None:
+        return "–"
+    if value >= 1000:
+        return f"{value / 1000:.2f} s"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
+
+
+def size(value: float | None) -> str:
+    """Megabytes, or gigabytes from a thousand on."""
+    if value is None:
+        return "–"
+    return f"{value / 1000:.2f} GB" if value >= 1000 else f"{value:.0f} MB" if value >= 100 else f"{value:.1f} MB"

@@ -1,0 +1,230 @@
+"""One variant in a process of its own: `python -m mpa_edge.benchmarks.worker FOLDER < job.json`.
+
+The job holds pictures and prompts, never labels. Latency is measured first, one picture at a time, and the peak of
+memory is read right after it; then come the answers of the accuracy part, in batches where the engine gains by them.
+Every answer is on disk at once, so an interrupted job goes on where it was.
+
+    FOLDER/answers.jsonl   one row per question: key, text, tokens, timings, …
+    FOLDER/latency.jsonl   one row per timed picture
+    FOLDER/measured.json   written last: what the model says of itself, load time, peak memory
+    FOLDER/error.json      instead, when the model failed
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from mpa_edge.benchmarks.host import peak_memory_bytes
+from mpa_edge.bundle import MANIFEST
+from mpa_edge.errors import ImageError, MpaEdgeError
+from mpa_edge.records import Record, read_rows, write_atomic
+from mpa_edge.runtime.images import open_image
+from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
+
+ANSWERS, LATENCY, MEASURED, ERROR = "answers.jsonl", "latency.jsonl", "measured.json", "error.json"
+BATCHED_ENGINES = ("transformers", "fake")
+Say = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Ask(Record):
+    """A question as a model gets it. `key` names the picture's content and the prompt."""
+
+    key: str
+    image: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Row(Record):
+    """One answer. `wall_ms` is the caller's clock around a call of one picture; None for a batch."""
+
+    key: str
+    text: str
+    n_tokens: int
+    prompt_tokens: int | None
+    finish_reason: str
+    error: str | None
+    timings: dict[str, float | None]
+    wall_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Job(Record):
+    """What a worker does."""
+
+    name: str
+    spec: str
+    threads: int
+    max_new_tokens: int
+    batch_size: int
+    warm_up: list[dict[str, Any]]
+    latency: list[dict[str, Any]]
+    accuracy: list[dict[str, Any]]
+
+
+def main(folder: Path, source: IO[str], out: IO[str]) -> int:
+    """Do the job that `source` holds; progress goes to `out` as JSON lines. Returns the exit code."""
+
+    def say(phase: str, done: int, of: int) -> None:
+        out.write(json.dumps({"phase": phase, "done": done, "of": of}) + "\n")
+        out.flush()
+
+    job = Job.from_json(json.load(source))
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        say("load", 0, 1)
+        started = time.perf_counter()
+        vlm = open_variant(job)
+        load_ms = (time.perf_counter() - started) * 1000
+        try:
+            work(vlm, job, folder, say, load_ms=load_ms)
+        finally:
+            vlm.close()
+    except Exception as error:
+        # Whatever a model raises fails this variant and no other; a traceback of ours is for the log.
+        reason = str(error) if isinstance(error, MpaEdgeError) else f"{type(error).__name__}: {error}"
+        write_atomic(folder / ERROR, json.dumps({"reason": reason}) + "\n")
+        if not isinstance(error, MpaEdgeError):
+            raise
+        return 1
+    return 0
+
+
+def open_variant(job: Job) -> Vlm:
+    """The job's model. A bundle is opened without the libraries for training, as on the device."""
+    if (Path(job.spec) / MANIFEST).is_file():
+        from mpa_edge.runtime import load
+
+        return load(Path(job.spec), threads=job.threads)
+    from mpa_edge.models import open_vlm
+
+    return open_vlm(job.spec, name=job.name, batch_size=job.batch_size)
+
+
+def work(vlm: Vlm, job: Job, folder: Path, say: Say, *, load_ms: float | None = None) -> None:
+    """Measure an open model. What the same model has measured here already is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = json.loads(json.dumps(vlm.describe(), sort_keys=True, default=str))
+    before = what_is_kept(folder, described)
+    decoding = Decoding(max_new_tokens=job.max_new_tokens)
+    timed = asks(job.latency)
+    about = {"describe": described, "engine": vlm.engine, "load_ms": load_ms, "peak_memory_bytes": None, "done": False}
+    if before and [row.key for row in whole_rows(folder / LATENCY)] == [ask.key for ask in timed]:
+        about |= {key: before[key] for key in ("load_ms", "peak_memory_bytes")}
+    else:
+        measure_latency(vlm, asks(job.warm_up), timed, decoding, folder / LATENCY, say)
+        about["peak_memory_bytes"] = peak_memory_bytes()
+    write_atomic(folder / MEASURED, json.dumps(about) + "\n")
+    batch = job.batch_size if vlm.engine in BATCHED_ENGINES else 1
+    collect_answers(vlm, asks(job.accuracy), decoding, batch, folder / ANSWERS, say)
+    write_atomic(folder / MEASURED, json.dumps({**about, "done": True}, indent=2) + "\n")
+
+
+def asks(rows: Sequence[dict[str, Any]]) -> list[Ask]:
+    """The job's questions."""
+    return [Ask.from_json(row) for row in rows]
+
+
+def what_is_kept(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier process wrote of this very model; rows of a model with another description are deleted."""
+    path = folder / MEASURED
+    before: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if before and before["describe"] == described:
+        return before
+    for name in (ANSWERS, LATENCY, MEASURED):
+        (folder / name).unlink(missing_ok=True)
+    return None
+
+
+def measure_latency(
+    vlm: Vlm, warm_up: Sequence[Ask], timed: Sequence[Ask], decoding: Decoding, path: Path, say: Say
+) -> None:
+    """Time single answers after a warm-up with real pictures, all in one go: a part of an old series is dropped."""
+    for ask in warm_up:
+        answer_one(vlm, ask, decoding)
+    rows = []
+    for number, ask in enumerate(timed, 1):
+        rows.append(answer_one(vlm, ask, decoding))
+        say("latency", number, len(timed))
+    write_atomic(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+
+
+def answer_one(vlm: Vlm, ask: Ask, decoding: Decoding) -> Row:
+    """One picture, one prompt, on the caller's clock. Reading the file is not timed: a camera has no file."""
+    try:
+        image = open_image(ask.image)
+    except ImageError as error:
+        return row_of(ask, unanswered(error))
+    started = time.perf_counter()
+    (answer,) = vlm.answer([image], [ask.prompt], decoding)
+    return row_of(ask, answer, wall_ms=(time.perf_counter() - started) * 1000)
+
+
+def collect_answers(vlm: Vlm, wanted: Sequence[Ask], decoding: Decoding, batch: int, path: Path, say: Say) -> None:
+    """Answer what has no row yet; each batch is on disk before the next begins."""
+    there = {row.key for row in whole_rows(path)}
+    missing = list({ask.key: ask for ask in wanted if ask.key not in there}.values())
+    say("accuracy", len(wanted) - len(missing), len(wanted))
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            for row in answer_batch(vlm, part, decoding):
+                file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+            file.flush()
+            say("accuracy", len(wanted) - len(missing) + start + len(part), len(wanted))
+
+
+def answer_batch(vlm: Vlm, part: Sequence[Ask], decoding: Decoding) -> list[Row]:
+    """Rows for a batch; an unreadable picture is an answer with an error."""
+    answers: list[Answer] = []
+    images, readable = [], []
+    for ask in part:
+        try:
+            images.append(open_image(ask.image))
+            readable.append(ask)
+        except ImageError as error:
+            answers.append(unanswered(error))
+    failed = [ask for ask in part if ask not in readable]
+    given = vlm.answer(images, [ask.prompt for ask in readable], decoding) if images else []
+    return [row_of(ask, answer) for ask, answer in zip([*readable, *failed], [*given, *answers], strict=True)]
+
+
+def unanswered(error: ImageError) -> Answer:
+    """The answer to a picture that cannot be read."""
+    return Answer("", finish_reason="error", error=f"picture {error.reason}")
+
+
+def row_of(ask: Ask, answer: Answer, wall_ms: float | None = None) -> Row:
+    """The row of an answer."""
+    return Row(
+        ask.key,
+        answer.text,
+        len(answer.tokens),
+        answer.prompt_tokens,
+        answer.finish_reason,
+        answer.error,
+        asdict(answer.timings),
+        wall_ms,
+    )
+
+
+def whole_rows(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file; a last line that a kill tore off is cut away."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_atomic(path, whole)
+    return list(read_rows(path, Row))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.stdin, sys.stdout))
