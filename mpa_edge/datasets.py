@@ -114,7 +114,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 def _read_list(path: Path) -> list[Path]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--images {path}: not a text file with one path per line ({error})") from error
     return [(path.parent / line.strip()).absolute() for line in lines if line.strip()]

@@ -40,7 +40,7 @@ class Row:
 
 
 def read_json(path: Path) -> object:
-    """The content of a JSON file, or of JSON lines as a list in which a broken line is a `ValueError` object."""
+    """The content of a JSON file, or of JSON lines as a list: None for a blank line, a `ValueError` for a broken one."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -48,7 +48,7 @@ def read_json(path: Path) -> object:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a UTF-8 text file; {EXPECTED}") from error
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return [_line(line) for line in text.splitlines() if line.strip()]
+        return [_line(line) for line in text.split("\n")]
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -57,7 +57,7 @@ def read_json(path: Path) -> object:
 
 def _line(line: str) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line) if line.strip() else None
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON: {error}")
 
@@ -69,6 +69,8 @@ def entries_of(path: Path, data: object, annotations: Path | None = None) -> Ite
     """
     reader, entries = _reader_of(path, data, annotations)
     for number, entry in enumerate(entries, 1):
+        if entry is None:
+            continue
         try:
             if isinstance(entry, Exception):
                 raise entry
@@ -88,20 +90,19 @@ def _reader_of(path: Path, data: object, annotations: Path | None) -> tuple[Read
     entries = data.get("data") if isinstance(data, dict) else data
     if not isinstance(entries, list):
         raise InputError(f"{path}: {EXPECTED}")
-    keys = next((entry.keys() for entry in entries if isinstance(entry, dict)), None)
-    if keys is None:
-        raise InputError(f"{path}: no rows; {EXPECTED}")
-    if "imgname" in keys:
+    known = ("imgname", "file_path", "qas", "image_id", "image")
+    mark = next((key for entry in entries if isinstance(entry, dict) for key in known if key in entry), None)
+    if mark == "imgname":
         return _chartqa_reader(path), entries
-    if "file_path" in keys:
+    if mark == "file_path":
         return _stvqa, entries
-    if "qas" in keys:
+    if mark == "qas":
         return _combined, _flat(entries)
-    if "image_id" in keys:
+    if mark == "image_id":
         return (_textvqa if isinstance(data, dict) else _combined), entries
-    if "image" in keys:
+    if mark == "image":
         return _ours, entries
-    raise InputError(f"{path}: rows with the keys {', '.join(map(str, keys))}; {EXPECTED}")
+    raise InputError(f"{path}: no row names a picture; {EXPECTED}")
 
 
 def _ours(number: int, entry: dict[str, Any]) -> Row:
