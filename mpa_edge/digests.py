@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +15,16 @@ SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf", ".onnx
 
 def digest_of_folder(folder: Path) -> str:
     """The SHA-256 over names and contents of the files that shape a model, in the order of their names."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES)
+    return _digest_of(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES)
+
+
+def digest_of_adapter(folder: Path) -> str:
+    """The same over an adapter's weights and settings; metrics beside them do not count."""
+    return _digest_of(folder / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+def _digest_of(paths: Iterable[Path]) -> str:
+    files = sorted(paths, key=lambda path: path.name)
     lines = (f"{path.name} {_digest(path, path.stat().st_size, path.stat().st_mtime_ns)}\n" for path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ and pixels that it is asked with.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
-from mpa_edge.digests import digest_of_folder
+from mpa_edge.digests import digest_of_adapter, digest_of_folder
 from mpa_edge.errors import InputError, ModelError
 from mpa_edge.phases import Phases
 from mpa_edge.plain_text import PlainText, insert_left_padded
@@ -44,29 +46,43 @@ class TransformersVlm:
         self._plain = PlainText(processor.tokenizer)
         # A model's own generation_config may sample, penalise repetitions and the like: the caller decides that here.
         self.model.generation_config = GenerationConfig(
-            eos_token_id=self._stops, pad_token_id=self._pad, bos_token_id=model.generation_config.bos_token_id
+            eos_token_id=self._stops, pad_token_id=self.pad, bos_token_id=model.generation_config.bos_token_id
         )
 
     @classmethod
     def load(
-        cls, spec: str, *, name: str | None = None, device: str = "auto", dtype: str = "auto", batch_size: int = 32
+        cls,
+        spec: str,
+        *,
+        adapter: Path | None = None,
+        name: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 32,
     ) -> TransformersVlm:
-        """Load a transformers folder or hub id; `ModelError` with the reason when that fails.
+        """Load a transformers folder or hub id, with a peft adapter on it if one is named; `ModelError` with the reason
+        when that fails.
 
         `device` auto takes CUDA, then Apple's GPU, then the CPU; `dtype` auto is float32 on the CPU and bfloat16
-        elsewhere.
+        elsewhere. The adapter is not merged.
         """
         place = _device(device)
-        precision = _dtype(dtype, place)
+        if not sys.stderr.isatty():
+            disable_progress_bar()
         try:
-            model = AutoModelForImageTextToText.from_pretrained(spec, dtype=precision, use_safetensors=True)
+            model = AutoModelForImageTextToText.from_pretrained(spec, dtype=_dtype(dtype, place), use_safetensors=True)
             processor = AutoProcessor.from_pretrained(spec)
-        except Exception as error:  # transformers raises whatever it trips over
+            if adapter is not None:
+                model = _with_adapter(model, adapter)
+        except Exception as error:  # transformers and peft raise whatever they trip over
+            where = spec if adapter is None else f"{adapter} on {spec}"
             raise ModelError(
-                f"{spec}: cannot be loaded as an image-text-to-text model ({_first_line(error)})"
+                f"{where}: cannot be loaded as an image-text-to-text model ({_first_line(error)})"
             ) from error
         source = {"weights": digest_of_folder(Path(spec))} if Path(spec).is_dir() else {"hub_id": spec}
         source["revision"] = getattr(model.config, "_commit_hash", None)
+        if adapter is not None:
+            source["adapter"] = digest_of_adapter(adapter)
         return cls(model.to(place), processor, name=name or _name_of(spec), source=source, batch_size=batch_size)
 
     def answer(self, images: Sequence[Image], prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[Answer]:
@@ -104,7 +120,7 @@ class TransformersVlm:
             after = self.processor.apply_chat_template([_turn({"type": "image"}, SLOT)], add_generation_prompt=True)[0]
             tail = self.processor.tokenizer(after.partition(SLOT)[2], add_special_tokens=False)["input_ids"]
             texts = {row: self._plain.encode(prompt) for row, prompt in typed.items()}
-            insert_left_padded(inputs, texts, before_last=len(tail), pad=self._pad)
+            insert_left_padded(inputs, texts, before_last=len(tail), pad=self.pad)
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
     def target_ids(self, answer: str) -> list[int]:
@@ -139,7 +155,8 @@ class TransformersVlm:
             torch.cuda.empty_cache()
 
     @property
-    def _pad(self) -> int:
+    def pad(self) -> int:
+        """The token that fills up rows; it is masked."""
         tokenizer = self.processor.tokenizer
         return int(self._stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
@@ -211,6 +228,13 @@ def _image_settings(processor: Any) -> dict[str, Any]:
     """The image processor's settings that shape pixels, as JSON."""
     settings = json.loads(processor.image_processor.to_json_string())
     return {key: value for key, value in settings.items() if value is not None and not key.startswith("_")}
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    # peft changes the model's layers in place; the model itself keeps its own methods.
+    return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
 
 
 def _device(device: str) -> torch.device:
