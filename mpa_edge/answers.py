@@ -170,7 +170,8 @@ def containment(prediction: str, reference: str) -> float:
 
 def _vqa_accuracy_of_any(prediction: str, references: Sequence[str]) -> float:
     # One reference stands for ten annotators of one opinion.
-    return vqa_accuracy(prediction, [*references] * 10 if len(references) == 1 else references)
+    _require(references)
+    return vqa_accuracy(prediction, list(references) * 10 if len(references) == 1 else references)
 
 
 def _best(metric: Callable[[str, str], float]) -> Metric:
