@@ -33,8 +33,9 @@ ENGINES = {
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> BundleVlm:
     """Open the bundle in a folder with the engine that its manifest names.
 
-    `threads` is for the engine; by default all cores that this process may use. Raises `BundleError` for a damaged
-    bundle and `MissingExtra` when the engine is not installed. Close the result, or use it in a `with` statement.
+    `threads` is for the engine; by default `OMP_NUM_THREADS`, or all cores that this process may use. Raises
+    `BundleError` for a damaged bundle and `MissingExtra` when the engine is not installed. Close the result, or use it
+    in a `with` statement.
     """
     folder = Path(path)
     return open_bundle(folder, read_bundle(folder), threads=threads)
@@ -53,7 +54,10 @@ def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None) -> 
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """The cores that this process may use: OMP_NUM_THREADS where that is set, as other numeric libraries have it."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,0 +1,119 @@
+"""The bundle against the merged model: the same questions, through the runtime and through transformers.
+
+Pixels and tokens must be equal; answers and logits may differ as far as the quantization explains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from mpa_edge.errors import ExportError
+from mpa_edge.runtime.bundle_vlm import BundleVlm
+from mpa_edge.runtime.images import normalise
+from mpa_edge.runtime.vlm import Answer, Decoding
+from mpa_edge.transformers_vlm import TransformersVlm
+
+# The least share of equal answers, token by token. Four bits are reported as they are; the floor catches garbage.
+LEAST_AGREEMENT = {"f32": 0.99, "fp32": 0.99, "f16": 0.99, "bf16": 0.97, "q8_0": 0.95, "int8": 0.95, "q6_k": 0.9}
+FLOOR = 0.25
+# On so many samples the logits of all positions are compared too.
+LOGIT_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sample: an RGB picture and the text of the user's turn."""
+
+    image: Image
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the merged model says, in float32: answers to all questions, logits at all positions for the first few."""
+
+    questions: Sequence[Question]
+    decoding: Decoding
+    answers: Sequence[Answer]
+    tokens: Sequence[Sequence[int]]
+    pixels: Sequence[np.ndarray[Any, Any]]
+    logits: Sequence[np.ndarray[Any, Any]]
+
+
+def ask_reference(model: TransformersVlm, questions: Sequence[Question], decoding: Decoding) -> Reference:
+    """Ask the merged model once for any number of bundles."""
+    inputs = [model.encode([question.image], [question.prompt]) for question in questions]
+    answers = model.answer([q.image for q in questions], [q.prompt for q in questions], decoding)
+    if failed := [answer for answer in answers if answer.error]:
+        raise ExportError(f"the merged model does not answer: {failed[0].error}")
+    with torch.inference_mode():
+        logits = [model.model(**row).logits[0].float().cpu().numpy() for row in inputs[:LOGIT_SAMPLES]]
+    return Reference(
+        questions=questions,
+        decoding=decoding,
+        answers=answers,
+        tokens=[row["input_ids"][0].tolist() for row in inputs],
+        pixels=[row["pixel_values"][0].float().cpu().numpy() for row in inputs],
+        logits=logits,
+    )
+
+
+def verify(bundle: BundleVlm, reference: Reference) -> dict[str, Any]:
+    """Ask the bundle the same and compare; returns the outcome, raises `ExportError` when it is not the same model."""
+    _check_inputs(bundle, reference)
+    errors = [
+        float(np.abs(bundle.logits(question.image, question.prompt) - expected).max())
+        for question, expected in zip(reference.questions, reference.logits, strict=False)
+    ]
+    questions = reference.questions
+    answers = bundle.answer([q.image for q in questions], [q.prompt for q in questions], reference.decoding)
+    equal = [got.tokens == want.tokens for got, want in zip(answers, reference.answers, strict=True)]
+    outcome = {
+        "samples": len(equal),
+        "token_agreement": round(sum(equal) / len(equal), 4),
+        "logit_error": round(max(errors), 6),
+        "logit_spread": round(float(np.std(reference.logits[0])), 6),
+        "prompt_tokens": "equal",
+        "pixels": "equal",
+    }
+    _check_agreement(bundle.bundle.quantization, equal, outcome, answers, reference)
+    return outcome
+
+
+def _check_inputs(bundle: BundleVlm, reference: Reference) -> None:
+    for question, tokens, pixels in zip(reference.questions, reference.tokens, reference.pixels, strict=True):
+        got, tiles = bundle.prepare(question.image, question.prompt)
+        if list(got) != list(tokens):
+            raise ExportError(
+                f"the runtime's prompt differs from the processor's for {question.prompt!r}: {len(got)} tokens, "
+                f"{len(tokens)} in transformers"
+            )
+        values = normalise(tiles, bundle.bundle.image)
+        if values.shape != pixels.shape or not np.array_equal(values, pixels):
+            raise ExportError(
+                "the runtime's pixels differ from the processor's: was the model asked through another image backend "
+                "than Pillow's?"
+            )
+
+
+def _check_agreement(
+    quantization: str, equal: Sequence[bool], outcome: dict[str, Any], answers: Sequence[Answer], reference: Reference
+) -> None:
+    least = LEAST_AGREEMENT.get(quantization, FLOOR)
+    # Rounded in the bundle's favour: one near tie among few samples is no proof.
+    allowed = math.ceil((1 - least) * len(equal))
+    if not math.isfinite(outcome["logit_error"]) or equal.count(False) > allowed:
+        place = equal.index(False) if False in equal else 0
+        raise ExportError(
+            f"the {quantization} bundle gives the merged model's answer to {equal.count(True)} of {len(equal)} "
+            f"questions, at least {len(equal) - allowed} are needed; to {reference.questions[place].prompt!r} it says "
+            f"{answers[place].text!r} instead of {reference.answers[place].text!r} (largest logit error "
+            f"{outcome['logit_error']})"
+        )
