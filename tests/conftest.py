@@ -134,6 +134,13 @@ def tiny_one_tile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def onnx_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """`onnx_graphs(model)`: where `to_onnx` keeps the float32 graphs of a model folder, so that each is exported once."""
+    root = tmp_path_factory.mktemp("onnx-graphs")
+    return lambda model: root / model.name
+
+
+@pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_idefics3: Path) -> Path:
     """A LoRA adapter with random, non-zero weights on `tiny_idefics3`."""
     return make_adapter(tmp_path_factory.mktemp("adapter") / "student", tiny_idefics3)

@@ -1,0 +1,133 @@
+"""ONNX Runtime as an engine: three graphs and a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from mpa_edge.bundle import Bundle, Role
+from mpa_edge.errors import BundleError, InputError, ModelError
+from mpa_edge.runtime.engine import Features, Logits, Tiles
+from mpa_edge.runtime.images import normalise
+
+# Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
+TILES_AT_ONCE = 4
+CPU = "CPUExecutionProvider"
+
+
+def open_engine(folder: Path, bundle: Bundle, threads: int | None = None) -> OnnxEngine:
+    """The engine of an ONNX bundle; see `OnnxEngine`."""
+    return OnnxEngine(folder, bundle, threads)
+
+
+class OnnxEngine:
+    """See `Engine`. `threads` None leaves the number to ONNX Runtime.
+
+    `providers` are ONNX Runtime's execution providers in order of preference. The CPU is the default everywhere: the
+    graphs are float32, and ONNX Runtime's fused attention has GPU kernels for half precision only. Raises `BundleError`
+    for a graph that cannot be loaded and `InputError` for a provider that is not installed.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, folder: Path, bundle: Bundle, threads: int | None = None, *, providers: Sequence[str] = (CPU,)
+    ) -> None:
+        missing = sorted(set(providers) - set(ort.get_available_providers()))
+        if missing:
+            raise InputError(f"{missing[0]} is not in this ONNX Runtime: {', '.join(ort.get_available_providers())}")
+        self._image = bundle.image
+        self._image_token = _image_token(bundle, folder)
+        # The embedding is one table look-up; more threads would only wait for each other.
+        self._embedding = _session(bundle, folder, "embed_tokens", 1, (CPU,))
+        self._vision = _session(bundle, folder, "vision_encoder", threads, providers)
+        self._decoder = _session(bundle, folder, "decoder", threads, providers)
+        self._outputs = [output.name for output in self._decoder.get_outputs()]
+        self._empty = {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in self._decoder.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+        self._past: dict[str, Any] = {}
+        self._length = 0
+
+    def encode(self, tiles: Tiles) -> Features:
+        """See `Engine.encode`. Raises `InputError` for a tile whose pixel values are all zero: the model skips it."""
+        parts = [self._encode(tiles[start : start + TILES_AT_ONCE]) for start in range(0, len(tiles), TILES_AT_ONCE)]
+        features: Features = np.concatenate(parts)
+        return features
+
+    def _encode(self, tiles: Tiles) -> Features:
+        pixels = normalise(tiles, self._image)[None]
+        mask = np.ones((1, len(tiles), *tiles.shape[1:3]), np.bool_)
+        features: Features = self._vision.run(None, {"pixel_values": pixels, "pixel_attention_mask": mask})[0]
+        if len(features) != len(tiles):
+            raise InputError("a tile of the picture has the mean colour everywhere; the model takes it for padding")
+        return features
+
+    def prefill(self, token_ids: Sequence[int], features: Features, *, all_logits: bool = False) -> Logits:
+        """See `Engine.prefill`."""
+        ids = np.asarray(token_ids, np.int64)
+        embeds = self._embed(ids)
+        places = np.flatnonzero(ids == self._image_token)
+        rows = features.reshape(-1, features.shape[-1])
+        if len(places) != len(rows):
+            raise ModelError(f"{len(places)} image tokens in the prompt for {len(rows)} image features")
+        embeds[0, places] = rows
+        self._past, self._length = self._empty, 0
+        logits = self._step(embeds, 0 if all_logits else 1)
+        return logits if all_logits else logits[-1]
+
+    def decode(self, token_id: int) -> Logits:
+        """See `Engine.decode`."""
+        return self._step(self._embed(np.array([token_id], np.int64)), 1)[-1]
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._past = self._empty = {}
+        del self._embedding, self._vision, self._decoder
+
+    def _embed(self, ids: Any) -> Features:
+        embeds: Features = self._embedding.run(None, {"input_ids": ids[None]})[0]
+        return embeds
+
+    def _step(self, embeds: Features, keep: int) -> Logits:
+        """Run the decoder on top of the cache and keep its new cache; logits (positions, vocabulary)."""
+        start, end = self._length, self._length + embeds.shape[1]
+        feed = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(start, end, dtype=np.int64)[None],
+            "num_logits_to_keep": np.array(keep, np.int64),
+        }
+        outputs = dict(zip(self._outputs, self._decoder.run(None, feed | self._past), strict=True))
+        logits: Logits = outputs.pop("logits")[0]
+        self._past = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
+        self._length = end
+        return logits
+
+
+def _session(
+    bundle: Bundle, folder: Path, role: Role, threads: int | None, providers: Sequence[str]
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; the input with a default is warned about at every start otherwise
+    path = bundle.path_of(folder, role)
+    try:
+        return ort.InferenceSession(path, options, providers=list(providers))
+    except Exception as error:  # the C++ side raises a dozen kinds
+        raise BundleError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {error}") from error
+
+
+def _image_token(bundle: Bundle, folder: Path) -> int:
+    token = Tokenizer.from_file(str(bundle.path_of(folder, "tokenizer"))).token_to_id(bundle.prompt.image_token)
+    if token is None:
+        raise BundleError(f"the tokenizer has no token {bundle.prompt.image_token!r}")
+    return int(token)
