@@ -1,0 +1,201 @@
+"""The loop over the stages: what it keeps, drops and says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mpa_edge.align import align, align_models
+from mpa_edge.config import AlignConfig
+from mpa_edge.errors import FingerprintMismatch, InputError, RunError
+from mpa_edge.fake import FakeVlm
+from mpa_edge.models import open_vlm
+from mpa_edge.records import Sample, read_rows
+from mpa_edge.runtime.images import open_image
+from mpa_edge.runtime.vlm import Decoding, Vlm
+
+
+def config(pair: Any, out: Path, **settings: Any) -> AlignConfig:
+    torch.set_num_threads(1)
+    usual: dict[str, Any] = {
+        "images": pair.images,
+        "teacher": str(pair.teacher),
+        "student": str(pair.student),
+        "task": "reference",
+        "out": out,
+        "device": "cpu",
+        "questions": 2,
+        "chunk_size": 8,
+        "epochs": 2,
+        "train_batch_size": 8,
+    }
+    return AlignConfig(**{**usual, **settings})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_pair: Any) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("runs") / "discs"
+    return out, align(config(tiny_pair, out))
+
+
+def test_a_run_leaves_what_the_design_says(run: tuple[Path, Any]) -> None:
+    out, result = run
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert names == [
+        "annotations",
+        "audit.html",
+        "cases",
+        "parity.jsonl",
+        "run.json",
+        "samples.jsonl",
+        "skipped.jsonl",
+        "student",
+    ]
+    assert result.run == out
+    assert result.pictures == 24
+    assert result.annotations == 48
+    assert result.verdicts["parity"] == sum(result.training.values()) > 24
+    assert result.metrics["best"]["holdout_loss"] < result.metrics["before"]["holdout_loss"]
+
+
+def test_run_json_tells_what_was_done(run: tuple[Path, Any], tiny_pair: Any) -> None:
+    out, result = run
+    log = json.loads((out / "run.json").read_text())
+    assert AlignConfig(**log["config"]) == config(tiny_pair, out)
+    assert list(log["stages"]) == ["samples", "annotate", "identify", "select", "level"]
+    assert all(stage["seconds"] >= 0 for stage in log["stages"].values())
+    assert log["stages"]["annotate"]["rejected"] == result.rejected
+    assert log["stages"]["level"]["parameters"]["trainable"]
+    assert len(log["teacher"]["weights"]) == len(log["student"]["weights"]) == 64
+    assert log["versions"]["torch"] == torch.__version__
+
+
+def test_the_summary_says_what_was_kept_dropped_and_what_is_next(run: tuple[Path, Any]) -> None:
+    out, result = run
+    summary = result.summary()
+    assert "pictures     24 used, none skipped" in summary
+    assert f"{sum(result.rejected.values())} rejected (" in summary
+    assert f"training     {sum(result.training.values())} rows" in summary
+    assert summary.splitlines()[-1].split(maxsplit=1)[1] == f"mpa-edge export {out} --format gguf"
+
+
+def test_the_training_set_reads_as_chat_messages(run: tuple[Path, Any], tiny_pair: Any) -> None:
+    out, _ = run
+    rows = [json.loads(line) for line in (out / "parity.jsonl").read_text().splitlines()]
+    assert {row["messages"][1]["content"][0]["text"] for row in rows} == {"red", "green", "blue", "yellow"}
+    assert all((out / row["images"][0]).resolve().parent == tiny_pair.images.resolve() for row in rows)
+    assert not any(row["images"][0].startswith("/") for row in rows)
+
+
+def test_the_student_learns_to_look(tiny_pair: Any, tmp_path: Path) -> None:
+    """No label was used, and these pictures were in no training: half of the answers right is far above none."""
+    result = align(config(tiny_pair, tmp_path / "run", epochs=25, patience=25, learning_rate=4e-3))
+    aligned, base = open_vlm(str(result.adapter), device="cpu"), open_vlm(str(tiny_pair.student), device="cpu")
+    paths = sorted((tiny_pair.images.parent / "labelled").iterdir())
+    images, prompts = [open_image(path) for path in paths], ["What colour?"] * len(paths)
+    colours = ["red", "green", "blue", "yellow"] * 6  # as they were drawn
+
+    def right(vlm: Vlm) -> int:
+        answers = vlm.answer(images, prompts, Decoding(max_new_tokens=12))
+        return sum(answer.text == colour for answer, colour in zip(answers, colours, strict=True))
+
+    assert right(base) == 0
+    assert right(aligned) >= 12
+
+
+def test_the_same_command_again_changes_nothing(run: tuple[Path, Any], tiny_pair: Any) -> None:
+    out, result = run
+
+    def files() -> dict[str, bytes]:
+        return {
+            str(path.relative_to(out)): path.read_bytes()
+            for path in out.rglob("*")
+            if path.is_file() and path.name != "run.json"
+        }
+
+    before = files()
+    assert align(config(tiny_pair, out)) == result
+    assert files() == before
+
+
+def test_other_settings_are_refused_and_fresh_starts_over(
+    run: tuple[Path, Any], tiny_pair: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(run[0], out)
+    with pytest.raises(FingerprintMismatch, match=r"cases.*metric: was 'exact_match', is 'containment'"):
+        align(config(tiny_pair, out, match="paper"))
+    with pytest.raises(FingerprintMismatch, match=r"annotations.*input"):
+        align(config(tiny_pair, out, limit=12))
+    (out / "notes.txt").write_text("mine")
+    result = align(config(tiny_pair, out, limit=12, fresh=True, epochs=1))
+    assert result.pictures == 12
+    assert (out / "notes.txt").exists()
+
+
+def test_bad_files_are_accounted_for_by_reason(tiny_pair: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(tiny_pair.images, folder)
+    Image.effect_noise((200, 200), 90).convert("RGB").save(folder / "whole.jpg")
+    (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:3000])
+    (folder / "whole.jpg").unlink()
+    (folder / "text.png").write_text("this is no picture")
+    shutil.copy(folder / "000.png", folder / "z-copy.png")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    (folder / "notes.txt").write_text("no picture by its name")
+    result = align(config(tiny_pair, tmp_path / "run", images=folder, epochs=1))
+    assert result.pictures == 24
+    assert result.skipped == {"duplicate": 1, "not_an_image": 1, "too_small": 1, "truncated": 1, "unreadable": 1}
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert {(Path(row["path"]).name, row["reason"]) for row in skipped} == {
+        ("truncated.jpg", "truncated"),
+        ("text.png", "unreadable"),
+        ("z-copy.png", "duplicate"),
+        ("dot.png", "too_small"),
+        ("notes.txt", "not_an_image"),
+    }
+    assert len(list(read_rows(tmp_path / "run" / "samples.jsonl", Sample))) == 24
+    assert "5 skipped (1 duplicate" in result.summary()
+
+
+def test_nothing_to_learn_is_said_not_trained(tiny_pair: Any, tmp_path: Path) -> None:
+    """The teacher as its own student agrees with itself."""
+    with pytest.raises(RunError) as error:
+        align(config(tiny_pair, tmp_path / "run", student=str(tiny_pair.teacher), agreement=0))
+    assert "training rows from 24 pictures, at least 8 are needed" in str(error.value)
+    assert "agree" in str(error.value)
+    assert (tmp_path / "run" / "audit.html").exists()
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_teacher_that_writes_no_questions_is_said(tiny_pair: Any, tmp_path: Path) -> None:
+    settings = config(tiny_pair, tmp_path / "run", teacher="fake:")
+    with pytest.raises(RunError, match=r"48 rejected .*No annotation could be used"):
+        align(settings)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_runs(
+    tiny_pair: Any, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="--student fake:: runs on fake; only transformers models"):
+        align(config(tiny_pair, tmp_path / "a", student="fake:"))
+    with pytest.raises(InputError, match="is an adapter"):
+        align(config(tiny_pair, tmp_path / "b", student=str(tiny_adapter)))
+    with pytest.raises(InputError, match="--task none"):
+        align(config(tiny_pair, tmp_path / "c", task="none"))
+    with pytest.raises(InputError, match="--images"):
+        align(config(tiny_pair, tmp_path / "d", images=tmp_path / "nowhere"))
+
+
+def test_it_works_on_loaded_models(tiny_pair: Any, tmp_path: Path) -> None:
+    teacher, student = (open_vlm(str(path), device="cpu") for path in (tiny_pair.teacher, tiny_pair.student))
+    result = align_models(config(tiny_pair, tmp_path / "run", epochs=1), teacher, student)
+    assert result.adapter.joinpath("adapter_model.safetensors").exists()
+    with pytest.raises(InputError, match="only transformers"):
+        align_models(config(tiny_pair, tmp_path / "run"), teacher, FakeVlm())
