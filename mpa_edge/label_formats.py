@@ -40,7 +40,7 @@ class Row:
 
 
 def read_json(path: Path) -> object:
-    """The content of a JSON file, or of JSON lines as a list: None for a blank line, a `ValueError` for a broken one."""
+    """The content of a JSON file, or of JSON lines as a list: None for a blank line, a `ValueError` for a bad one."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -191,12 +191,15 @@ def _combined(number: int, entry: dict[str, Any]) -> Row:
 
 
 def _flat(entries: list[Any]) -> list[Any]:
-    """One entry per question of a list with one entry per picture."""
-    return [
-        {"image_id": entry["image_id"], **question} if isinstance(question, dict) else question
-        for entry in entries
-        for question in (entry.get("qas", []) if isinstance(entry, dict) else [entry])
-    ]
+    """One entry per question of a list with one entry per picture; what is no such entry stays as it is."""
+    flat = []
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(entry.get("qas"), list):
+            image = {"image_id": entry["image_id"]} if "image_id" in entry else {}
+            flat += [image | question if isinstance(question, dict) else question for question in entry["qas"]]
+        else:
+            flat.append(entry)
+    return flat
 
 
 def _beside(path: Path) -> Path | None:

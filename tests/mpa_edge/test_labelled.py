@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mpa_edge.errors import InputError
+from mpa_edge.labelled import Question, Questions, read_questions
+
+OFFICIAL = Path(__file__).parents[3] / "shared" / "data" / "mpa_official"
+needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="no excerpts of the official files")
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in content)
+        path.write_text("\n".join(lines), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(content))
+    return path
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def reasons(questions: Questions) -> list[tuple[str, str]]:
+    return [(item.path.rpartition(":")[2], item.reason) for item in questions.skipped]
+
+
+def test_our_jsonl(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.png", "images/2.png")
+    rows = [
+        {
+            "id": "a",
+            "image": "images/1.png",
+            "question": "what?",
+            "answers": ["x", "y"],
+            "kind": "word",
+            "group": "read",
+        },
+        {"image": "images/2.png", "question": "line\u2028separator?", "answers": [4, 0.5]},
+    ]
+    questions = read_questions(write(tmp_path / "test.jsonl", rows))
+    image = str(tmp_path / "images")
+    assert questions == [
+        Question("a", f"{image}/1.png", "what?", ("x", "y"), "word", "read"),
+        Question("2", f"{image}/2.png", "line\u2028separator?", ("4", "0.5")),
+    ]
+    assert questions.skipped == []
+    assert [Question.from_json(json.loads(json.dumps(question.to_json()))) for question in questions] == questions
+
+
+def test_bad_rows_are_left_out_with_line_and_reason(tmp_path: Path) -> None:
+    touch(tmp_path, "set/1.png", "secret.png")
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
+    good = {"id": 1, "image": "1.png", "question": "q?", "answers": ["a"]}
+    rows = [
+        {"question": "a row without a picture"},
+        good,
+        "",
+        "{broken",
+        good,
+        {**good, "id": 2, "image": "../secret.png"},
+        {**good, "id": 3, "image": str(tmp_path / "secret.png")},
+        {**good, "id": 4, "image": "link.png"},
+        {**good, "id": 5, "image": "none.png"},
+        {**good, "id": 6, "question": " "},
+        {**good, "id": 7, "answers": [" "]},
+        {**good, "id": 8, "answers": "a"},
+        {**good, "id": 9, "question": None},
+        {**good, "id": [10]},
+        "[]",
+    ]
+    questions = read_questions(write(tmp_path / "set" / "test.jsonl", rows))
+    assert [question.id for question in questions] == ["1"]
+    assert reasons(questions) == [
+        ("1", "bad_row"),
+        ("4", "bad_row"),
+        ("5", "duplicate_id"),
+        ("6", "outside_folder"),
+        ("7", "outside_folder"),
+        ("8", "outside_folder"),
+        ("9", "missing_image"),
+        ("10", "no_question"),
+        ("11", "no_answer"),
+        ("12", "bad_row"),
+        ("13", "bad_row"),
+        ("14", "bad_row"),
+        ("15", "bad_row"),
+    ]
+    assert questions.skipped[0].detail == "no 'image'"
+
+
+def test_textvqa(tmp_path: Path) -> None:
+    touch(tmp_path, "train_images/abc.jpg", "def.jpg")
+    data = {
+        "dataset_version": "0.5.1",
+        "data": [
+            {"question_id": 34602, "image_id": "abc", "question": "what brand?", "answers": ["nikon"] * 10},
+            {"question_id": 34603, "image_id": "def", "question": "which?", "answers": ["x"] * 10},
+            {"question_id": 34604, "image_id": "def", "question": "a test question has no answers"},
+        ],
+    }
+    questions = read_questions(write(tmp_path / "TextVQA_0.5.1_val.json", data))
+    assert [(q.id, Path(q.image).name, len(q.answers)) for q in questions] == [
+        ("34602", "abc.jpg", 10),
+        ("34603", "def.jpg", 10),
+    ]
+    assert reasons(questions) == [("3", "no_answer")]
+
+
+def test_stvqa(tmp_path: Path) -> None:
+    touch(tmp_path / "train", "coco-text/COCO_train2014_1.jpg")
+    row = {
+        "question_id": 1,
+        "file_path": "coco-text/COCO_train2014_1.jpg",
+        "dataset": "coco-text",
+        "question": "what?",
+        "answers": ["a", "b"],
+    }
+    questions = read_questions(write(tmp_path / "train_task_1.json", {"data": [row]}), images=tmp_path / "train")
+    assert (questions[0].answers, questions[0].group) == (("a", "b"), "coco-text")
+
+
+def test_chartqa_reports_human_and_augmented_apart(tmp_path: Path) -> None:
+    touch(tmp_path, "png/1.png")
+    rows = [{"imgname": "1.png", "query": "how many?", "label": "14"}, {"imgname": "1.png", "query": "?", "label": 3}]
+    for kind in ("human", "augmented"):
+        questions = read_questions(write(tmp_path / f"test_{kind}.json", rows))
+        assert [(q.id, q.kind, q.answers) for q in questions] == [("0", kind, ("14",)), ("1", kind, ("3",))]
+
+
+def okvqa(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    touch(path, "COCO_val2014_000000297147.jpg")
+    questions = {
+        "data_subtype": "val2014",
+        "questions": [
+            {"image_id": 297147, "question": "What sport?", "question_id": 2971475},
+            {"image_id": 297147, "question": "not annotated?", "question_id": 1},
+        ],
+    }
+    answers = [{"answer_id": i, "raw_answer": "racing", "answer": "race"} for i in range(10)]
+    note = {"image_id": 297147, "question_id": 2971475, "question_type": "four", "answers": answers}
+    return questions, {"annotations": [note], "question_types": {"four": "Sports and Recreation"}}
+
+
+@pytest.mark.parametrize("form", ["two files", "named", "one file"])
+def test_okvqa_questions_with_annotations(tmp_path: Path, form: str) -> None:
+    data, notes = okvqa(tmp_path)
+    if form == "one file":
+        questions = read_questions(write(tmp_path / "okvqa.json", data | notes))
+    elif form == "named":
+        other = write(tmp_path / "other.json", notes)
+        questions = read_questions(write(tmp_path / "okvqa.json", data), annotations=other)
+    else:
+        write(tmp_path / "mscoco_val2014_annotations.json", notes)
+        questions = read_questions(write(tmp_path / "OpenEnded_mscoco_val2014_questions.json", data))
+    assert [(q.id, q.kind, q.answers) for q in questions] == [("2971475", "Sports and Recreation", ("race",) * 10)]
+    assert reasons(questions) == [("2", "no_answer")]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_okvqa_combined(tmp_path: Path, grouped: bool) -> None:
+    touch(tmp_path, "train2014/COCO_train2014_000000000042.jpg")
+    row = {"question": "what?", "question_id": 7, "answers": ["race", "race"]}
+    rows = [{"image_id": 42, "qas": [row]}, "junk"] if grouped else [{"image_id": 42, **row}, "junk"]
+    questions = read_questions(write(tmp_path / "okvqa_val_combine.json", rows))
+    assert [(q.id, Path(q.image).parent.name) for q in questions] == [("7", "train2014")]
+    assert reasons(questions) == [("2", "bad_row")]
+
+
+@needs_official
+@pytest.mark.parametrize(
+    ("name", "picture"),
+    [
+        ("okvqa_val_questions.json", lambda row: f"COCO_val2014_{row['image_id']:012d}.jpg"),
+        ("chartqa_test_questions.json", lambda row: row["imgname"]),
+    ],
+)
+def test_official_excerpts_are_read_whole(tmp_path: Path, name: str, picture: Any) -> None:
+    rows = json.loads((OFFICIAL / name).read_text())
+    touch(tmp_path, *map(picture, rows))
+    questions = read_questions(OFFICIAL / name, images=tmp_path)
+    assert (len(questions), questions.skipped) == (1000, [])
+    for question, row in zip(questions, rows, strict=True):
+        assert question.question == row.get("question", row.get("query"))
+        assert question.answers == tuple(row["answers"] if "answers" in row else [row["label"]])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfe\x00", "not a UTF-8 text file"),
+        (b"nonsense", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"3", "expected JSON lines"),
+        (b"[]", "no row names a picture"),
+        (b'[{"a": 1}]', "no row names a picture"),
+        (b'{"questions": []}', "questions without answers"),
+        (b'{"questions": [], "annotations": 3}', "no list of annotations"),
+        (b'[{"imgname": "1.png"}]', "no usable question .1 bad_row; the first is .*no 'label'"),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "test.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"test.json.*{message}"):
+        read_questions(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda values: (
+        st.lists(values, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                "data questions annotations question_types question_id image_id imgname image file_path qas query label "
+                "question answers answer id kind split".split(" ")
+            ),
+            values,
+            max_size=5,
+        )
+    ),
+    max_leaves=15,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(json_values, st.sampled_from([".json", ".jsonl"]))
+def test_whatever_the_content_it_is_read_or_refused_cleanly(tmp_path: Path, content: Any, suffix: str) -> None:
+    path = tmp_path / f"test{suffix}"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError):  # there are no pictures
+        read_questions(path)
