@@ -146,6 +146,12 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_idefics3: Path) 
     return make_adapter(tmp_path_factory.mktemp("adapter") / "student", tiny_idefics3)
 
 
+@pytest.fixture
+def adapter_on(tmp_path: Path) -> Callable[..., Path]:
+    """`adapter_on(base, scale=…, **LoraConfig options)`: a fresh adapter folder on a base of the test's choice."""
+    return lambda base, **options: make_adapter(tmp_path / "adapter", base, **options)
+
+
 def make_adapter(folder: Path, base: Path, *, scale: float = 0.05, **options: Any) -> Path:
     """Write a peft adapter for the text model's attention; `scale` 0 leaves it without effect."""
     import torch

@@ -1,0 +1,185 @@
+"""The merge, and each way in which it is known to go wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpa_edge.errors import ExportError
+from mpa_edge.export.merge import (
+    check_files,
+    check_logits,
+    check_tensors,
+    logits_of,
+    merge,
+    probe_of,
+    targeted_tensors,
+)
+
+QUERY = "model.text_model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def copy(tiny_idefics3: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_idefics3, tmp_path / "copy"))
+
+
+def change(folder: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = edit(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_merge_changes_what_the_adapter_targets_and_nothing_else(
+    tiny_idefics3: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    outcome = merge(tiny_adapter, tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_idefics3, tmp_path / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == targeted_tensors(tiny_adapter)
+    assert outcome["changed"] == outcome["targeted"] == len(changed) == 4
+    assert outcome["logit_error"] < 1e-4 < outcome["adapter_effect"]
+
+
+def test_the_merged_model_is_base_plus_adapter(tiny_idefics3: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    merge(tiny_adapter, tmp_path / "merged")
+    probe = probe_of(tiny_idefics3)
+    base = AutoModelForImageTextToText.from_pretrained(tiny_idefics3)
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    expected = logits_of(PeftModel.from_pretrained(base, str(tiny_adapter)), probe)
+    np.testing.assert_allclose(logits_of(merged, probe), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_keep_the_type_of_the_base(
+    dtype: torch.dtype, copy: Path, tmp_path: Path, adapter_on: Callable[..., Path]
+) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    merge(adapter_on(copy), tmp_path / "merged")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {dtype}
+
+
+def test_modules_to_save_are_merged(tiny_one_tile: Path, tmp_path: Path, adapter_on: Callable[..., Path]) -> None:
+    adapter = adapter_on(tiny_one_tile, modules_to_save=["lm_head"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] += 0.5
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merge(adapter, tmp_path / "merged")
+    before, after = (load_file(f / "model.safetensors")["lm_head.weight"] for f in (tiny_one_tile, tmp_path / "merged"))
+    torch.testing.assert_close(after, before + 0.5)
+
+
+def test_a_tied_output_layer_cannot_be_merged(
+    tiny_idefics3: Path, tmp_path: Path, adapter_on: Callable[..., Path]
+) -> None:
+    adapter = adapter_on(tiny_idefics3, modules_to_save=["lm_head"])
+    with pytest.raises(ExportError, match=r"lm_head|disagree"):
+        merge(adapter, tmp_path / "merged")
+
+
+def test_an_untrained_adapter_is_refused(tiny_idefics3: Path, tmp_path: Path, adapter_on: Callable[..., Path]) -> None:
+    with pytest.raises(ExportError, match="changed nothing"):
+        merge(adapter_on(tiny_idefics3, scale=0.0), tmp_path / "merged")
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tiny_idefics3: Path, tmp_path: Path, adapter_on: Callable[..., Path]
+) -> None:
+    adapter = adapter_on(tiny_idefics3)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {key.replace("text_model", "other_model"): value for key, value in tensors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(ExportError):
+        merge(adapter, tmp_path / "merged")
+
+
+def test_a_quantized_base_is_refused(copy: Path, tmp_path: Path, adapter_on: Callable[..., Path]) -> None:
+    adapter = adapter_on(copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=r"quantized \(bitsandbytes\)"):
+        merge(adapter, tmp_path / "merged")
+
+
+def test_a_changed_tensor_that_is_not_targeted_is_refused(tiny_idefics3: Path, copy: Path) -> None:
+    change(copy, QUERY, lambda tensor: tensor + 1)
+    change(copy, "model.connector.modality_projection.proj.weight", lambda tensor: tensor.nextafter(tensor + 1))
+    with pytest.raises(ExportError, match=r"not target: model\.connector"):
+        check_tensors(tiny_idefics3, copy, {QUERY})
+
+
+def test_no_change_is_refused(tiny_idefics3: Path, copy: Path) -> None:
+    with pytest.raises(ExportError, match="changed nothing"):
+        check_tensors(tiny_idefics3, copy, {QUERY})
+
+
+def test_a_lost_or_added_tensor_is_refused(tiny_idefics3: Path, copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.vision_model.extra"] = tensors.pop(QUERY)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="2 differ"):
+        check_tensors(tiny_idefics3, copy, {QUERY})
+
+
+def test_another_type_is_refused(tiny_idefics3: Path, copy: Path) -> None:
+    change(copy, QUERY, lambda tensor: tensor.half())
+    with pytest.raises(ExportError, match="float16"):
+        check_tensors(tiny_idefics3, copy, {QUERY})
+
+
+def test_other_logits_are_refused(tiny_idefics3: Path, copy: Path) -> None:
+    probe = probe_of(tiny_idefics3)
+    from transformers import AutoModelForImageTextToText
+
+    base = logits_of(AutoModelForImageTextToText.from_pretrained(tiny_idefics3), probe)
+    check_logits(tiny_idefics3, probe, base, base)
+    with pytest.raises(ExportError, match="disagree"):
+        check_logits(tiny_idefics3, probe, base, base + 0.5)  # a merge that was a no-op
+    change(copy, QUERY, lambda tensor: tensor * float("nan"))
+    with pytest.raises(ExportError, match="disagree"):
+        check_logits(copy, probe, base, base + 0.5)
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["processor_config.json"], ["chat_template.jinja"]], ids=str)
+def test_a_folder_without_what_a_prompt_needs_is_refused(copy: Path, files: list[str]) -> None:
+    check_files(copy)
+    for name in files:
+        (copy / name).unlink()
+    with pytest.raises(ExportError):
+        check_files(copy)
+
+
+def test_no_path_of_this_machine_is_carried_on(copy: Path, tmp_path: Path, adapter_on: Callable[..., Path]) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/someone/checkpoints/best"}))
+    merge(adapter_on(copy), tmp_path / "merged")
+    for file in (tmp_path / "merged").glob("*.json"):
+        assert "/home/someone" not in file.read_text()
+
+
+def test_the_license_is_carried_on(tiny_adapter: Path, tmp_path: Path) -> None:
+    merge(tiny_adapter, tmp_path / "merged")
+    assert "license: apache-2.0" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_missing_base_is_a_clear_error(tiny_adapter: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/model"}))
+    with pytest.raises(ExportError, match="not there"):
+        merge(adapter, tmp_path / "merged")
