@@ -161,12 +161,15 @@ def report_of(
 
 def about_data(config: BenchConfig, questions: Questions, items: Sequence[Item]) -> dict[str, Any]:
     """Name, counts and digest of what was asked."""
+    kinds = Counter(item.question.kind for item in items if item.question.kind)
+    groups = {item.question.kind: item.question.group for item in items}
     content = [(item.ask.key, *item.question.answers) for item in items]
     return {
         "name": config.name or config.data.stem,
         "n": len(items),
         "of": len(questions),
         "pictures": len({item.picture for item in items}),
+        "kinds": {kind: {"group": groups[kind], "n": kinds[kind]} for kind in sorted(kinds)},
         "sha256": hashlib.sha256(repr(content).encode()).hexdigest(),
         "skipped": dict(Counter(skipped.reason for skipped in questions.skipped)),
     }

@@ -1,5 +1,222 @@
+"""report.json and the answers behind it as a page for people, and as Markdown for a pull request.
+
+The page is one file: no script, style, font or picture comes from elsewhere, and its policy forbids it.
+"""
+
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
-def write_report(folder, report, items, scored, measured):
-    pass
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
+from rich.table import Table
+
+from mpa_edge.benchmarks.gallery import FILTERS, Gallery, gallery
+from mpa_edge.benchmarks.measure import Measured
+from mpa_edge.benchmarks.plots import scatter
+from mpa_edge.benchmarks.sample import Item
+from mpa_edge.benchmarks.score import PHASES, Scored, first
+from mpa_edge.benchmarks.verdict import milliseconds, percent, points, size
+from mpa_edge.records import write_atomic
+
+HTML, MARKDOWN = "report.html", "report.md"
+TEMPLATE, STYLES, SCRIPT = "report.html.j2", "report.css.j2", "report.js.j2"
+Report = dict[str, Any]
+
+
+def write_report(
+    folder: Path, report: Report, items: Sequence[Item], scored: Sequence[Scored], measured: Mapping[str, Measured]
+) -> None:
+    """Write report.html and report.md beside report.json."""
+    write_atomic(folder / HTML, render_html(report, gallery(items, scored, measured)))
+    write_atomic(folder / MARKDOWN, render_markdown(report))
+
+
+def render_html(report: Report, cases: Gallery) -> str:
+    """The page. Everything that comes from data is escaped."""
+    environment = Environment(
+        loader=PackageLoader("mpa_edge.benchmarks", "."),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = {"percent": percent, "points": points, "ms": milliseconds, "mb": size, "p": p_value, "words": words}
+    environment.filters.update(filters, against=against, breakable=breakable)
+    template = environment.get_template(TEMPLATE)
+    entries = [{**entry, "tone": tone(entry), "facts": facts(entry)} for entry in report["variants"]]
+    script, styles = (files("mpa_edge.benchmarks").joinpath(name).read_text("utf-8") for name in (SCRIPT, STYLES))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return template.render(
+        report=report,
+        variants=entries,
+        by_name={entry["name"]: entry for entry in entries},
+        road=road_rows(report, entries),
+        scatter=scatter(entries),
+        phases=phase_rows(entries),
+        kinds=kind_groups(report),
+        gain=gained(entries),
+        gallery=cases,
+        filters=FILTERS,
+        styles=Markup(styles),  # our own text, like the template's
+        script=Markup(script),
+        script_digest=digest,
+    )
+
+
+def render_markdown(report: Report) -> str:
+    """Verdict and table, short enough for a comment under a pull request."""
+    verdict, data = report["verdict"], report["data"]
+    lines = [f"### {markdown(verdict['headline'])}", ""]
+    if verdict["summary"]:
+        lines += [markdown(verdict["summary"]), ""]
+    lines += [
+        "| variant | accuracy (95% interval) | vs student | p50 | p95 | size | memory |",
+        "|:--|:--|--:|--:|--:|--:|--:|",
+        *(markdown_row(report, entry) for entry in report["variants"]),
+        "",
+        *(f"- {markdown(reason)}" for reason in verdict["reasons"]),
+        "",
+        f"{data['n']:,} questions of {markdown(data['name'])}, metric `{report['task']['metric']}`; latency at batch 1 "
+        f"with {report['settings']['threads']} threads on {markdown(report['host']['cpu'] or 'an unknown CPU')}; "
+        f"mpa-edge {report['tool_version']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_row(report: Report, entry: dict[str, Any]) -> str:
+    """A variant's row."""
+    if entry["failed"]:
+        return f"| {markdown(entry['name'])} | failed: {markdown(entry['failed'])} | | | | | |"
+    total = entry["latency_ms"]["total"]
+    gain = against(report, "student", entry["name"])
+    name = markdown(entry["name"])
+    cells = [
+        f"**{name}**" if entry["name"] == report["verdict"]["pick"] else name,
+        f"{percent(entry['accuracy']['value'])} ({interval(entry['accuracy']['ci95'])})",
+        points(gain["delta"]) if gain else "–",
+        milliseconds(total["p50"]),
+        milliseconds(total["p95"]),
+        size(entry["size_mb"]),
+        size(entry["peak_memory_mb"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def console_table(report: Report) -> Table:
+    """The variants as a table for the terminal."""
+    data = report["data"]
+    table = Table(title=f"{data['name']}: {data['n']:,} questions", title_justify="left")
+    for number, column in enumerate(("variant", "accuracy", "95% interval", "p50", "p95", "size", "memory")):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for entry in report["variants"]:
+        total = entry["latency_ms"]["total"]
+        cells = (
+            entry["name"],
+            percent(entry["accuracy"]["value"]),
+            interval(entry["accuracy"]["ci95"]),
+            milliseconds(total["p50"]),
+            milliseconds(total["p95"]),
+            size(entry["size_mb"]),
+            size(entry["peak_memory_mb"]),
+        )
+        table.add_row(*cells, style="bold" if entry["name"] == report["verdict"]["pick"] else None)
+    return table
+
+
+def road_rows(report: Report, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The variants with what the step to them changed; `effect` is gain, loss, or same where the interval holds 0."""
+    rows = []
+    for entry in entries:
+        found = next(
+            (one for one in report["comparisons"] if one["against"] == "road" and one["b"] == entry["name"]), None
+        )
+        effect = None
+        if found:
+            low, high = found["ci95"]
+            effect = "gain" if low > 0 else "loss" if high < 0 else "same"
+        rows.append({"entry": entry, "step": found, "effect": effect})
+    return rows
+
+
+def phase_rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Median milliseconds per phase as shares of the longest bar; what no phase accounts for is `other`."""
+    known = [entry for entry in entries if entry["latency_ms"]["total"]["p50"]]
+    longest = max((entry["latency_ms"]["total"]["p95"] for entry in known), default=0)
+    rows = []
+    for entry in known:
+        times = entry["latency_ms"]
+        parts = {phase: times[phase] or 0.0 for phase in PHASES}
+        parts["other"] = max(0.0, times["total"]["p50"] - sum(parts.values()))
+        segments = [
+            {"phase": phase, "ms": value, "share": 100 * value / longest} for phase, value in parts.items() if value > 0
+        ]
+        rows.append({"entry": entry, "segments": segments, "p95": 100 * times["total"]["p95"] / longest})
+    return rows
+
+
+def kind_groups(report: Report) -> list[tuple[str, list[tuple[str, int]]]]:
+    """(group, [(kind, questions)]) in the order of the names."""
+    kinds = sorted((about["group"], kind, about["n"]) for kind, about in report["data"]["kinds"].items())
+    return [(group, [(kind, n) for _, kind, n in rows]) for group, rows in groupby(kinds, key=lambda row: row[0])]
+
+
+def gained(entries: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(student, aligned), where both were measured."""
+    student, aligned = first(entries, "student"), first(entries, "aligned", "merged", "full")
+    return (student, aligned) if student and aligned else None
+
+
+def against(report: Report, step: str, name: str) -> dict[str, Any] | None:
+    """The comparison of a variant with the teacher or the student; None for these themselves."""
+    base = next((entry["name"] for entry in report["variants"] if entry["step"] == step), None)
+    return next((one for one in report["comparisons"] if (one["a"], one["b"]) == (base, name)), None)
+
+
+def tone(entry: dict[str, Any]) -> str:
+    """The colour that stands for a variant."""
+    if entry["role"] == "bundle":
+        return {"llama.cpp": "gguf", "onnxruntime": "onnx"}.get(entry["engine"], "other")
+    return {"teacher": "teacher", "student": "student", "aligned": "aligned"}.get(entry["role"] or "", "other")
+
+
+def facts(entry: dict[str, Any]) -> str:
+    """A variant in one line, for a tooltip."""
+    accuracy, total = entry["accuracy"], entry["latency_ms"]["total"]
+    return (
+        f"{entry['name']}: {percent(accuracy['value'])} ({interval(accuracy['ci95'])}), "
+        f"p50 {milliseconds(total['p50'])}, p95 {milliseconds(total['p95'])}"
+    )
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """67.3–71.9, in percent."""
+    return "–" if ends is None else f"{100 * ends[0]:.1f}–{100 * ends[1]:.1f}"
+
+
+def p_value(value: float) -> str:
+    """Two digits, or a bound."""
+    return "< 0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def words(name: str) -> str:
+    """read_price -> read price"""
+    return name.replace("_", " ")
+
+
+def breakable(name: str) -> Markup:
+    """gguf-q4_k_m on two lines where a column is narrow."""
+    return escape(name).replace("-", Markup("-<wbr>"))
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is: on one line, and nothing in it is a cell, a tag, a link or a mention."""
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("@", "&#64;")
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)

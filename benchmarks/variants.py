@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from mpa_edge.bundle import MANIFEST, Bundle, read_bundle, sha256_of
-from mpa_edge.digests import digest_of_folder
+from mpa_edge.digests import digest_of_adapter, digest_of_folder
 from mpa_edge.errors import InputError
 from mpa_edge.fake import PREFIX as FAKE
 from mpa_edge.models import ADAPTER, base_of
@@ -112,7 +112,7 @@ def content_digest(spec: str) -> str | None:
     base = adapter_base(folder)
     if base is None:
         return digest_of_folder(folder)
-    return hashlib.sha256(f"{digest_of_folder(folder)} {content_digest(base) or base}".encode()).hexdigest()
+    return hashlib.sha256(f"{digest_of_adapter(folder)} {content_digest(base) or base}".encode()).hexdigest()
 
 
 def adapter_base(folder: Path) -> str | None:

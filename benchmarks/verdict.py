@@ -15,7 +15,7 @@ Entry = dict[str, Any]
 
 
 def verdict(entries: Sequence[Entry], comparisons: Sequence[Entry]) -> dict[str, Any]:
-    """`pick` (a variant's name or None), `decision` (deploy, undecided, keep, none), `headline` and `reasons`.
+    """`pick` (a variant's name or None), `decision` (deploy, undecided, keep, none), `headline`, `summary`, `reasons`.
 
     deploy: the picked bundle beats the student, and the interval of the difference is above 0. keep: it is worse, and
     the interval is below 0. undecided: neither. none: there is no bundle, or no student to beat.
@@ -27,7 +27,8 @@ def verdict(entries: Sequence[Entry], comparisons: Sequence[Entry]) -> dict[str,
     return {
         "pick": chosen["name"] if chosen else None,
         "decision": decision,
-        "headline": headline(decision, chosen, entries),
+        "headline": headline(decision, chosen),
+        "summary": summary(chosen, entries),
         "reasons": reasons(entries, comparisons, chosen),
     }
 
@@ -50,35 +51,42 @@ def decide(against: Entry | None) -> str:
     return "deploy" if low > 0 else "keep" if high < 0 else "undecided"
 
 
-def headline(decision: str, chosen: Entry | None, entries: Sequence[Entry]) -> str:
-    """One sentence."""
+def headline(decision: str, chosen: Entry | None) -> str:
+    """A few words."""
     if chosen is None:
-        return "No bundle was measured, so there is nothing to deploy yet."
-    opening = {
+        return "No bundle was measured, so there is nothing to deploy yet"
+    return {
         "deploy": f"Deploy {chosen['name']}",
         "keep": f"Do not deploy {chosen['name']}: the base student is better",
         "undecided": f"Undecided: {chosen['name']} cannot be told from the base student",
-        "none": chosen["name"],
+        "none": f"{chosen['name']} was measured, but no base student beside it",
     }[decision]
-    others = [
-        f"{entry['name']} {percent(entry['accuracy']['value'])}"
-        for entry in (first(entries, "student"), first(entries, "teacher"))
-        if entry
+
+
+def summary(chosen: Entry | None, entries: Sequence[Entry]) -> str | None:
+    """One sentence about the picked bundle."""
+    if chosen is None:
+        return None
+    names = {"student": "the base student has", "teacher": "the teacher"}
+    found = [(names[step], first(entries, step)) for step in names]
+    beside = " and ".join(f"{words} {percent(entry['accuracy']['value'])}" for words, entry in found if entry)
+    said = f"It answers {percent(chosen['accuracy']['value'])} right" + (f", where {beside}" if beside else "")
+    costs = [
+        f"{text} {unit}"
+        for text, unit, known in (
+            (milliseconds(chosen["latency_ms"]["total"]["p50"]), "per answer", chosen["latency_ms"]["total"]["p50"]),
+            (size(chosen["size_mb"]), "on disk", chosen["size_mb"]),
+        )
+        if known is not None
     ]
-    beside = f" (beside it: {', '.join(others)})" if others else ""
-    facts = [f"{percent(chosen['accuracy']['value'])} right{beside}"]
-    if chosen["latency_ms"]["total"]["p50"] is not None:
-        facts.append(f"{milliseconds(chosen['latency_ms']['total']['p50'])} per answer")
-    if chosen["size_mb"] is not None:
-        facts.append(f"{size(chosen['size_mb'])} on disk")
-    return f"{opening}. It has {', '.join(facts)}."
+    return f"{said}{', at ' if costs else ''}{' and '.join(costs)}."
 
 
 def reasons(entries: Sequence[Entry], comparisons: Sequence[Entry], chosen: Entry | None) -> list[str]:
     """What each step did, in the road's order."""
     said = [
         alignment(entries, comparisons),
-        *(step(comparisons, entry) for entry in entries if entry["step"] in ("merged", "full", "quantized")),
+        conversion(entries, comparisons),
         beside_teacher(entries, chosen),
         *(f"{entry['name']} failed: {entry['failed']}." for entry in entries if entry["failed"]),
     ]
@@ -95,19 +103,23 @@ def alignment(entries: Sequence[Entry], comparisons: Sequence[Entry]) -> str | N
     what = "raised" if low > 0 else "lowered" if high < 0 else "did not measurably change"
     closed = aligned.get("gap_closed")
     share = f" and closed {closed:.0%} of the gap to the teacher" if closed is not None and low > 0 else ""
-    return f"Alignment {what} the student's accuracy: {change(found)}{share}."
+    change = f"{points(found['delta'])} points (95% interval {points(low)} to {points(high)})"
+    return f"Alignment {what} the student's accuracy: {change}{share}."
 
 
-def step(comparisons: Sequence[Entry], entry: Entry) -> str | None:
-    """What conversion or quantization cost a bundle, against the step before it."""
-    found = next((one for one in comparisons if one["against"] == "road" and one["b"] == entry["name"]), None)
-    if found is None:
-        return None
-    what = {"merged": "Merging", "full": "Conversion"}.get(entry["step"], "Quantization")
-    low, high = found["ci95"]
-    if low <= 0 <= high:
-        return f"{what} to {entry['name']} cost nothing that {found['n']:,} questions can show: {change(found)}."
-    return f"{what} to {entry['name']} {'gained' if low > 0 else 'cost'} accuracy: {change(found)}."
+def conversion(entries: Sequence[Entry], comparisons: Sequence[Entry]) -> str | None:
+    """What merging, conversion and quantization cost, each against the step before it."""
+    names = {entry["name"] for entry in entries if entry["step"] in ("merged", "full", "quantized")}
+    steps = [one for one in comparisons if one["against"] == "road" and one["b"] in names]
+    kept = [one["b"] for one in steps if one["ci95"][0] <= 0 <= one["ci95"][1]]
+    moved = [f"{one['b']} {points(one['delta'])} points against {one['a']}" for one in steps if one["b"] not in kept]
+    told = ([f"no change that {steps[0]['n']:,} questions can show in {listed(kept)}"] if kept else []) + moved
+    return f"On the way to the device: {'; '.join(told)}." if told else None
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c"""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def beside_teacher(entries: Sequence[Entry], chosen: Entry | None) -> str | None:
@@ -129,12 +141,6 @@ def between(comparisons: Sequence[Entry], a: Entry | None, b: Entry | None) -> E
     if a is None or b is None:
         return None
     return next((one for one in comparisons if (one["a"], one["b"]) == (a["name"], b["name"])), None)
-
-
-def change(found: Entry) -> str:
-    """A difference with its interval, in points."""
-    low, high = found["ci95"]
-    return f"{points(found['delta'])} points (95% interval {points(low)} to {points(high)})"
 
 
 def percent(value: float | None) -> str:

@@ -1,0 +1,154 @@
+"""The geometry of the one plot that is not made of bars: accuracy against latency, in SVG units.
+
+The template draws it, so that its colours follow the page's light or dark theme and its text can be searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log10
+from typing import Any
+
+WIDTH, HEIGHT = 640, 380
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 14, 44
+LETTER, LINE = 7.2, 14  # about the width and height of the labels' letters
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis: its place and its text."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where a name stands; `anchor` is SVG's. With `lead`, it is so far away that a line should go there."""
+
+    x: float
+    y: float
+    anchor: str
+    lead: bool
+
+
+@dataclass(frozen=True)
+class Point:
+    """A variant: its place, its interval's ends (y), its p95 (x), and its label."""
+
+    name: str
+    tone: str
+    x: float
+    y: float
+    low: float
+    high: float
+    p95: float
+    label: Label
+    title: str
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Everything that the template draws."""
+
+    points: tuple[Point, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
+
+
+def scatter(entries: Sequence[dict[str, Any]]) -> Scatter | None:
+    """Accuracy against the median latency (logarithmic); None where no variant has both."""
+    known = [
+        entry for entry in entries if entry["accuracy"]["value"] is not None and entry["latency_ms"]["total"]["p50"]
+    ]
+    if not known:
+        return None
+    times = [entry["latency_ms"]["total"][q] for entry in known for q in ("p50", "p95")]
+    x_low, x_high = log10(min(times)) - 0.12, log10(max(times)) + 0.12
+    ends = [end for entry in known for end in entry["accuracy"]["ci95"]]
+    y_low, y_high = max(0.0, floor(min(ends) * 20) / 20), min(1.0, ceil(max(ends) * 20) / 20)
+    y_high = max(y_high, y_low + 0.05)
+
+    def x(value: float) -> float:
+        return round(LEFT + (log10(value) - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(value: float) -> float:
+        return round(HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    step = next(size for size in (0.05, 0.1, 0.2) if (y_high - y_low) / size <= 8)
+    y_values = [n * step for n in range(ceil(y_low / step - 1e-9), floor(y_high / step + 1e-9) + 1)]
+    places = [(x(entry["latency_ms"]["total"]["p50"]), y(entry["accuracy"]["value"])) for entry in known]
+    labels = place_labels([entry["name"] for entry in known], places)
+    return Scatter(
+        tuple(
+            Point(
+                entry["name"],
+                entry["tone"],
+                *place,
+                *(y(end) for end in entry["accuracy"]["ci95"]),
+                x(entry["latency_ms"]["total"]["p95"]),
+                label,
+                entry["facts"],
+            )
+            for entry, place, label in zip(known, places, labels, strict=True)
+        ),
+        tuple(
+            Tick(x(value), f"{value:g} ms" if value < 1000 else f"{value / 1000:g} s")
+            for value in decades(x_low, x_high)
+        ),
+        tuple(Tick(y(value), f"{100 * value:.0f}%") for value in y_values),
+    )
+
+
+def duration(value: float) -> str:
+    """Milliseconds of one figure: 5 ms, 2 s."""
+    return f"{value:g} ms" if value < 1000 else f"{value / 1000:g} s"
+
+
+def decades(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, 20 … between two powers of ten."""
+    values = [digit * 10.0**power for power in range(floor(low), ceil(high) + 1) for digit in (1, 2, 5)]
+    return [value for value in values if low <= log10(value) <= high]
+
+
+def place_labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[Label]:
+    """Labels beside their points, further away where others are in the way, none on another where there is room."""
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    labels = []
+    for name, (x, y) in zip(names, places, strict=True):
+        spots = [Label(x + 11, y + 4, "start", False), Label(x - 11, y + 4, "end", False)]
+        for away in (18, 32, 46, 60, 74, 88):
+            for base in (y - away, y + away + 8):
+                spots += [Label(x, base, "middle", away > 18), Label(x + 11, base, "start", True)]
+                spots += [Label(x - 11, base, "end", True)]
+        free = [
+            spot for spot in spots if inside(box := box_of(spot, name)) and not any(overlap(box, one) for one in taken)
+        ]
+        labels.append((free or spots)[0])
+        taken.append(box_of(labels[-1], name))
+    return labels
+
+
+def box_of(label: Label, name: str) -> Box:
+    """About the place that a label takes."""
+    width = len(name) * LETTER
+    left = label.x - {"start": 0, "middle": width / 2, "end": width}[label.anchor]
+    return (left, label.y - LINE + 3, left + width, label.y + 3)
+
+
+def inside(box: Box) -> bool:
+    """Whether a box lies in the plot."""
+    return box[0] >= LEFT and box[2] <= WIDTH - 2 and box[1] >= 2 and box[3] <= HEIGHT - BOTTOM
+
+
+def overlap(a: Box, b: Box) -> bool:
+    """Whether two boxes share a place."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,217 @@
+"""The page and the Markdown from measured rows, with hostile text in every place that data can reach."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mpa_edge.benchmarks import bench
+from mpa_edge.benchmarks.bench import BenchConfig, report_of
+from mpa_edge.benchmarks.gallery import PER_FILTER, THUMBNAIL, gallery, thumbnail, who
+from mpa_edge.benchmarks.host import host
+from mpa_edge.benchmarks.measure import Measured
+from mpa_edge.benchmarks.plots import box_of, overlap, place_labels
+from mpa_edge.benchmarks.report import console_table, markdown, render_html, render_markdown
+from mpa_edge.benchmarks.sample import items_of
+from mpa_edge.benchmarks.variants import Variant
+from mpa_edge.benchmarks.worker import Row
+from mpa_edge.labelled import Question, Questions
+from mpa_edge.tasks import task_named
+
+EVIL = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> \" ' | `x` @all"
+N = 120
+ROAD = (
+    Variant("teacher", "", "teacher", "transformers"),
+    Variant("student", "", "student", "transformers"),
+    Variant("aligned", "", "aligned", "transformers"),
+    Variant("gguf-f16", "", "full", "llama.cpp", "f16"),
+    Variant("gguf-q4_k_m", "", "quantized", "llama.cpp", "q4_k_m"),
+    Variant(EVIL, "", "quantized", "onnxruntime", "int8"),
+)
+RIGHT = {"teacher": 0.9, "student": 0.4, "aligned": 0.7, "gguf-f16": 0.7, "gguf-q4_k_m": 0.6, EVIL: 0.65}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Questions:
+    folder = tmp_path_factory.mktemp("pictures")
+    found = []
+    for number in range(N):
+        path = folder / f"{number}.png"
+        size = (640, 300) if number == 5 else (24, 24)
+        Image.new("RGB", size, (number, 2 * number, 90)).save(path)
+        evil = EVIL if number % 3 == 0 else f"what? {number}"
+        found.append(Question(str(number), str(path), evil, (f"right {EVIL}",), f"kind_{number % 4}", "group <b>"))
+    Path(found[2].image).write_text("no picture")
+    return Questions(found)
+
+
+def measured(variant: Variant, items: Sequence[bench.Item]) -> Measured:
+    rows = {}
+    for place, item in enumerate(items):
+        text = item.question.answers[0] if (place * 37 % N) / N < RIGHT[variant.name] else f"wrong {EVIL}"
+        rows[item.ask.key] = Row(item.ask.key, text, 3, 50, "stop", None, {})
+    speed = 1 + len(variant.name) % 7
+    times = {"preprocess": 1.0, "vision": 2.0 * speed, "prefill": 3.0, "decode": 4.0}
+    latency = [Row(item.ask.key, "", 3, 50, "stop", None, times, wall_ms=11.0 + 2 * speed) for item in items[:10]]
+    return Measured(rows, latency, variant.engine, 100.0, 5_000_000)
+
+
+def make(questions: Questions, monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> tuple[dict, str]:
+    monkeypatch.setattr(bench, "size_bytes", lambda spec: 1_500_000)
+    items = items_of(questions, lambda question: question)
+    found = {
+        variant.name: Measured({}, [], reason=EVIL) if variant.name == failing else measured(variant, items)
+        for variant in ROAD
+    }
+    config = BenchConfig(data="test.jsonl", baselines=["fake:"], name=EVIL)
+    report, scored = report_of(config, task_named("reference"), questions, items, ROAD, found, host())
+    return report, render_html(report, gallery(items, scored, found))
+
+
+TAGS = """html head meta title style body main header section footer script p b em span i h1 h2 ul li dl dt dd div small
+code details summary table thead tbody tr th td article img figure svg g line circle text button select option wbr"""
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load or run, and whether tags match."""
+
+    VOID = frozenset(("meta", "img", "br", "link", "line", "circle", "wbr"))
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_data_cannot_become_markup(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, html = make(questions, monkeypatch)
+    page = Page(html)
+    assert not page.open
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in html
+    assert {tag for tag, _ in page.tags} <= set(TAGS.split())
+
+
+def test_nothing_is_loaded_from_elsewhere(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, html = make(questions, monkeypatch)
+    page = Page(html)
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "srcset", "action", "xlink:href"):
+            assert (attrs.get(name) or "data:image/").startswith("data:image/"), (tag, name)
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert style is not None
+    assert script is not None
+    assert not re.search(r"url\(|@import", style[1])
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_the_page_says_what_was_found(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, html = make(questions, monkeypatch)
+    assert report["verdict"]["decision"] == "deploy"
+    assert report["verdict"]["pick"] == "gguf-f16"
+    assert "Deploy gguf-f16" in html
+    assert "Alignment raised the student&#39;s accuracy: +30.0 points" in html
+    assert "picture cannot be read" in html
+    for heading in (
+        "Along the road",
+        "Accuracy against latency",
+        "Where the time goes",
+        "By kind",
+        "disagree",
+        "Method",
+    ):
+        assert heading in html
+
+
+def test_a_failed_variant_is_shown_as_failed(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, html = make(questions, monkeypatch, failing="gguf-q4_k_m")
+    assert "failed: &lt;/script&gt;" in html
+    assert not Page(html).open
+    assert "failed" in render_markdown(report)
+
+
+@pytest.mark.parametrize("missing", ["teacher", "student", "aligned"])
+def test_a_report_needs_no_whole_road(questions: Questions, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    report, html = make(questions, monkeypatch, failing=missing)
+    assert (report["gap_closed"] is None) == (missing != "aligned")
+    assert not Page(html).open
+
+
+def test_markdown_fits_a_comment_and_stays_a_table(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, _ = make(questions, monkeypatch)
+    text = render_markdown(report)
+    assert len(text) < 60_000  # GitHub takes 65,536
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(ROAD)
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {9}
+    assert "<script" not in text
+    assert "@all" not in text
+    assert markdown("a|b\n`c` <d> _e_") == r"a\|b \`c\` &lt;d> \_e\_"
+
+
+def test_the_console_table_has_a_row_per_variant(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, _ = make(questions, monkeypatch)
+    assert console_table(report).row_count == len(ROAD)
+
+
+def test_the_gallery_counts_all_and_shows_some(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "size_bytes", lambda spec: None)
+    items = items_of(questions, lambda question: question)
+    found = {variant.name: measured(variant, items) for variant in ROAD}
+    config = BenchConfig(data="test.jsonl", baselines=["fake:"])
+    _, scored = report_of(config, task_named("reference"), questions, items, ROAD, found, host())
+    shown = gallery(items, scored, found)
+    assert shown.counts == {"fixed": 36, "quantization": 12, "missing": 24}
+    by_filter = {name: [case for case in shown.cases if name in case.filters] for name in shown.counts}
+    assert len(by_filter["fixed"]) >= PER_FILTER
+    assert len(by_filter["quantization"]) == 12
+    assert len({case.kind for case in by_filter["fixed"]}) == 4
+    case = by_filter["quantization"][0]
+    assert [said.right for said in case.said] == [True, False]
+
+
+def test_thumbnails_are_small(questions: Questions) -> None:
+    small, large = thumbnail(questions[0].image), thumbnail(questions[5].image)
+    assert small is not None
+    assert large is not None
+    assert small.startswith("data:image/png;base64,")
+    picture = Image.open(io.BytesIO(base64.b64decode(large.partition(",")[2])))
+    assert (picture.format, max(picture.size)) == ("JPEG", THUMBNAIL)
+
+
+def test_names_are_told_the_short_way() -> None:
+    road = ["teacher", "student", "aligned", "f16", "q8", "q4"]
+    assert who(road, road) == "all"
+    assert who(["teacher", "aligned", "f16", "q8", "q4"], road) == "all but student"
+    assert who(["teacher", "student"], road) == "teacher, student"
+
+
+def test_labels_keep_off_each_other() -> None:
+    places = [(300.0, 200.0), (303.0, 202.0), (310.0, 198.0), (300.0, 210.0), (306.0, 206.0), (600.0, 200.0)]
+    names = ["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "onnx-fp32", "onnx-int8", "teacher-with-a-name"]
+    boxes = [box_of(label, name) for label, name in zip(place_labels(names, places), names, strict=True)]
+    assert not any(overlap(a, b) for number, a in enumerate(boxes) for b in boxes[:number])
