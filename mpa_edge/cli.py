@@ -179,7 +179,8 @@ def ask(
             typer.echo(text, nl=False)
         typer.echo()
         if timings:
-            typer.echo(stream.answer.timings.line(), err=True)
+            phases = vars(stream.answer.timings).items()
+            typer.echo("  ".join(f"{name} {ms:.1f} ms" for name, ms in phases if ms is not None), err=True)
 
 
 @app.command(

@@ -100,5 +100,44 @@ def test_help_imports_no_library_that_it_does_not_need() -> None:
         "try: main()\nexcept SystemExit: pass\n"
         "print('loaded:', [m for m in (*{heavy!r}, 'numpy', 'pydantic', 'PIL') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code.format(heavy=HEAVY)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code.format(heavy=HEAVY)], capture_output=True, text=True, check=True
+    )
     assert result.stdout.rstrip().endswith("loaded: []")
+
+
+@pytest.mark.parametrize(("extra", "quant", "engine"), [("onnx", "fp32", "onnxruntime"), ("gguf", "f16", "llama_cpp")])
+def test_one_extra_alone_is_enough_to_run_a_bundle(
+    extra: str, quant: str, engine: str, tiny_one_tile: Path, installed: Path, tmp_path: Path
+) -> None:
+    """In an environment that holds what `pip install mpa-edge[extra]` brings, and nothing else."""
+    from PIL import Image
+
+    from mpa_edge.export.build import export
+    from mpa_edge.runtime import load
+
+    (bundle,) = export(tiny_one_tile, extra, [quant], tmp_path / "bundles", samples=4)  # type: ignore[arg-type]
+    picture = tmp_path / "picture.png"
+    Image.effect_noise((80, 60), 90).convert("RGB").save(picture)
+    (tmp_path / "site").mkdir()
+    site = bare_site(tmp_path / "site", installed, extra)
+    here = {path.name for path in site.iterdir()}
+    assert engine in here
+    assert not here & ({*HEAVY} - {engine})
+
+    ask = "from mpa_edge.cli import main; main()"
+    result = run_bare(site, ask, "ask", str(bundle), str(picture), "What is this?", "--max-new-tokens", "6")
+    assert result.returncode == 0, result.stderr
+    with load(bundle, threads=1) as vlm:
+        assert result.stdout == vlm.ask(picture, "What is this?", max_new_tokens=6).text + "\n"
+
+
+def test_a_missing_engine_ends_in_the_pip_line(tiny_one_tile: Path, installed: Path, tmp_path: Path) -> None:
+    from mpa_edge.export.build import export
+
+    (bundle,) = export(tiny_one_tile, "onnx", ["fp32"], tmp_path / "bundles", samples=4)
+    (tmp_path / "site").mkdir()
+    site = bare_site(tmp_path / "site", installed, "gguf")
+    result = run_bare(site, "from mpa_edge.cli import main; main()", "ask", str(bundle), "picture.png", "What?")
+    assert result.returncode == 1
+    assert result.stderr.strip() == 'error: onnxruntime is not installed. Run: pip install "mpa-edge[onnx]"'

@@ -29,7 +29,18 @@ def test_every_command_has_help_an_example_and_a_place_in_the_readme(name: str) 
 
 def test_the_defaults_that_help_shows_are_the_settings_own() -> None:
     shown = {option.name: option.show_default for option in COMMANDS["align"].params}
-    for name in ("questions", "select", "match", "agreement", "epochs", "rank", "batch_size", "device", "dtype", "seed"):
+    for name in (
+        "questions",
+        "select",
+        "match",
+        "agreement",
+        "epochs",
+        "rank",
+        "batch_size",
+        "device",
+        "dtype",
+        "seed",
+    ):
         assert shown[name] == str(AlignConfig.model_fields[name].default), name
 
 
