@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from mpa_edge.errors import ImageError, RunError
-from mpa_edge.export.verify import Question
 from mpa_edge.parts import read_parts
 from mpa_edge.records import Case, Sample, read_rows
 from mpa_edge.run_folder import RunFolder, read_run
@@ -16,6 +16,14 @@ from mpa_edge.runtime.images import open_image
 from mpa_edge.tasks import Task
 
 QUESTIONS = ("What is in the picture?", "What does the sign say?", "How many shapes are there?", "Is it red?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sample: an RGB picture and the text of the user's turn."""
+
+    image: Image.Image
+    prompt: str
 
 
 def run_questions(run: Path, task: Task | None, count: int) -> list[Question]:

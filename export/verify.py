@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 
 from mpa_edge.errors import ExportError
+from mpa_edge.export.samples import Question
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.images import normalise
 from mpa_edge.runtime.vlm import Answer, Decoding
@@ -25,14 +25,6 @@ LEAST_AGREEMENT = {"f32": 0.99, "fp32": 0.99, "f16": 0.99, "bf16": 0.97, "q8_0":
 FLOOR = 0.25
 # On so many samples the logits of all positions are compared too.
 LOGIT_SAMPLES = 4
-
-
-@dataclass(frozen=True)
-class Question:
-    """One sample: an RGB picture and the text of the user's turn."""
-
-    image: Image
-    prompt: str
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,18 +36,35 @@ class BundleVlm:
             raise ValueError(f"{len(images)} pictures for {len(prompts)} prompts")
         return [self._answer_or_error(image, prompt, decoding) for image, prompt in zip(images, prompts, strict=True)]
 
-    def ask(self, image: Source, question: str, decoding: Decoding | None = None) -> Answer:
+    def ask(
+        self,
+        image: Source,
+        question: str,
+        decoding: Decoding | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Answer:
         """Answer a question about a picture, put with the task's question template.
 
-        `image` is anything that `open_image` takes. Raises `ImageError` for a picture that cannot be used and
-        `InputError` for a prompt that exceeds the context.
+        `image` is anything that `open_image` takes. Without `decoding` the answer is greedy and as long as the task
+        has it, or `max_new_tokens`. Raises `ImageError` for a picture that cannot be used and `InputError` for a prompt
+        that exceeds the context.
         """
-        return self.stream(image, question, decoding).result()
+        return self.stream(image, question, decoding, max_new_tokens=max_new_tokens).result()
 
-    def stream(self, image: Source, question: str, decoding: Decoding | None = None) -> AnswerStream:
+    def stream(
+        self,
+        image: Source,
+        question: str,
+        decoding: Decoding | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> AnswerStream:
         """Like `ask`, as an iterator of pieces of text; after the last one `.answer` holds the whole answer."""
         prompt = self.bundle.prompt.question_template.replace("{question}", question)
         decoding = decoding or Decoding(max_new_tokens=self.bundle.prompt.max_new_tokens)
+        if max_new_tokens is not None:
+            decoding = replace(decoding, max_new_tokens=max_new_tokens)
         return AnswerStream(self, open_image(image), prompt, decoding)
 
     def prepare(self, image: Image, prompt: str) -> tuple[list[int], Tiles]:

@@ -1,4 +1,4 @@
-"""What an inference engine must do; prompts, pixels and the choice of tokens are the same for all and live elsewhere."""
+"""What an inference engine must do; prompts, pixels and the choice of tokens are the same for all, and elsewhere."""
 
 from __future__ import annotations
 

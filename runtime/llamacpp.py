@@ -14,7 +14,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-import llama_cpp.llama_cpp as llama
 import numpy as np
 
 from mpa_edge.bundle import Bundle
@@ -22,8 +21,9 @@ from mpa_edge.errors import BundleError, MissingExtra, ModelError
 from mpa_edge.runtime.engine import Features, Logits, Tiles
 
 try:
+    import llama_cpp.llama_cpp as llama
     import llama_cpp.mtmd_cpp as mtmd
-except (ImportError, OSError, AttributeError) as error:  # a fork, or a build without multimodal support
+except (ImportError, OSError, AttributeError) as error:  # also a fork, or a build without multimodal support
     raise MissingExtra("llama-cpp-python with multimodal support", "gguf") from error
 
 BATCH = 2048  # most positions per call of llama_decode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from PIL.Image import Image
@@ -22,6 +22,11 @@ class Timings:
     prefill: float | None = None
     decode: float | None = None
     total: float | None = None
+
+    def line(self) -> str:
+        """The phases that are known, for people: `preprocess 1.2 ms, vision 8.0 ms, …, total 20.4 ms`."""
+        known = ((phase.name, getattr(self, phase.name)) for phase in fields(self))
+        return ", ".join(f"{name} {value:.1f} ms" for name, value in known if value is not None)
 
 
 @dataclass(frozen=True)

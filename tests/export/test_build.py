@@ -17,6 +17,7 @@ import pytest
 
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.errors import ExportError, InputError, RunError, UnknownFamily
+from mpa_edge.export import quants
 from mpa_edge.export.build import export
 from mpa_edge.export.samples import run_questions
 from mpa_edge.records import Case, Sample, write_rows
@@ -196,3 +197,9 @@ def test_an_unknown_family_is_named_before_any_conversion(tiny_one_tile: Path, t
     (model / "config.json").write_text(json.dumps({**config, "model_type": "kosmos-2"}))
     with pytest.raises(UnknownFamily, match="kosmos-2"):
         export(model, "gguf", ["f16"], tmp_path / "out")
+
+
+def test_the_names_of_onnx_quantizations_are_those_that_are_made() -> None:
+    from mpa_edge.export.onnx_quantize import QUANTIZATIONS
+
+    assert set(quants.ONNX) == set(QUANTIZATIONS)

@@ -16,7 +16,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from mpa_edge.bundle import File
 from mpa_edge.errors import ExportError, InputError
-from mpa_edge.export.to_gguf import SAMPLE_TEXTS, Names, pre_tokenizer_name, to_gguf
+from mpa_edge.export.gguf_tokenizer import SAMPLE_TEXTS, pre_tokenizer_name
+from mpa_edge.export.merged import Names
+from mpa_edge.export.to_gguf import to_gguf
 
 Made = dict[str, tuple[list[File], dict[str, Any]]]
 

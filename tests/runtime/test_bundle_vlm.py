@@ -19,7 +19,7 @@ from mpa_edge.errors import BundleError, ImageError, InputError, MissingExtra, M
 from mpa_edge.export.families import family_of, read_config
 from mpa_edge.runtime.bundle_vlm import BundleVlm, Chooser
 from mpa_edge.runtime.engine import Features, Logits, Tiles
-from mpa_edge.runtime.vlm import Decoding, Vlm
+from mpa_edge.runtime.vlm import Decoding, Timings, Vlm
 
 
 class Script:
@@ -102,7 +102,8 @@ def test_an_answer_ends_at_the_limit(manifest: Bundle, tokenizer: Tokenizer, ima
     vlm = scripted(manifest, tokenizer, "", stop=False)
     answer = vlm.ask(image, "?")
     assert (len(answer.tokens), answer.finish_reason) == (6, "length")
-    assert vlm._engine.place == 6  # the last token is not evaluated for nothing
+    assert len(vlm.ask(image, "?", max_new_tokens=3).tokens) == 3
+    assert vlm._engine.place == 3  # the last token is not evaluated for nothing
 
 
 def test_the_stop_token_at_the_limit_still_counts(manifest: Bundle, tokenizer: Tokenizer, image: Image.Image) -> None:
@@ -147,6 +148,10 @@ def test_timings_are_by_phase(manifest: Bundle, tokenizer: Tokenizer, image: Ima
     phases = [timings.preprocess, timings.vision, timings.prefill, timings.decode]
     assert all(phase >= 0 for phase in phases)
     assert timings.total == pytest.approx(sum(phases))
+
+
+def test_timings_are_told_in_one_line() -> None:
+    assert Timings(vision=8.04, total=20).line() == "vision 8.0 ms, total 20.0 ms"
 
 
 def test_a_new_question_ends_an_open_stream(manifest: Bundle, tokenizer: Tokenizer, image: Image.Image) -> None:

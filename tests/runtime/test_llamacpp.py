@@ -15,7 +15,8 @@ import torch
 from mpa_edge.bundle import Bundle, Source
 from mpa_edge.errors import BundleError, ModelError
 from mpa_edge.export.families import family_of, read_config
-from mpa_edge.export.to_gguf import Names, to_gguf
+from mpa_edge.export.merged import Names
+from mpa_edge.export.to_gguf import to_gguf
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.vlm import Decoding

@@ -1,0 +1,89 @@
+"""The tokenizer on the way to GGUF: which of llama.cpp's pre-tokenizers it is, and whether llama.cpp agrees with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+from transformers import AutoTokenizer
+
+from mpa_edge.errors import ExportError
+from mpa_edge.runtime import llamacpp
+from mpa_edge.runtime.llamacpp import llama
+
+# What llama.cpp's multimodal part looks up by its text; it fails inside `llama_decode` where one is missing.
+LOOKED_UP = ("\n", "\n\n", "<fake_token_around_image>", "<global-img>")
+
+# Split patterns of byte-level BPE tokenizers -> llama.cpp's name for that pre-tokenizer.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
+    _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
+    _WORDS + r"\p{N}" + _REST: "qwen2",
+}
+
+SAMPLE_TEXTS = (
+    "What does the sign say?",
+    "12.50 EUR, 3 apples and 1314151 pears: it's 'quoted' & (bracketed)!",
+    "two  spaces,\ttabs\n\nand   lines \n",
+    "Straße, naïve café, Здравствуйте, 你好，世界 🦙🚀",
+)
+
+
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for the pre-tokenizer of a byte-level BPE `tokenizer.json`, by its structure.
+
+    The converter knows tokenizers by the hash of a sample's token ids; a fine-tune that added a token, or a tokenizer
+    of one's own, has another hash and the same structure. None where the structure is not known.
+    """
+    if tokenizer["model"]["type"] != "BPE" or tokenizer.get("normalizer") is not None:
+        return None
+    pre = tokenizer.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    if any(step.get("add_prefix_space") for step in steps):
+        return None
+    match [step.get("type") for step in steps]:
+        case ["ByteLevel"] if steps[0].get("use_regex", True):
+            return "gpt-2"
+        case ["Digits", "ByteLevel"] if steps[0]["individual_digits"] and steps[1].get("use_regex", True):
+            return "smollm"
+        case ["Split", "ByteLevel"] if not steps[1].get("use_regex", True):
+            return PATTERNS.get(steps[0]["pattern"].get("Regex", ""))
+    return None
+
+
+def check_pieces(merged: Path) -> None:
+    """Raise `ExportError` when the tokenizer lacks a piece that llama.cpp looks up."""
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    missing = [piece for piece in LOOKED_UP if len(tokenizer.encode(piece, add_special_tokens=False)) != 1]
+    if missing:
+        raise ExportError(f"the tokenizer lacks pieces that llama.cpp looks up: {', '.join(map(repr, missing))}")
+
+
+def check_tokenizer(full: Path, merged: Path) -> dict[str, Any]:
+    """Whether llama.cpp tokenizes plain text as the original does: for users of its own programs, ours pass ids."""
+    llamacpp.silence()
+    params = llama.llama_model_default_params()
+    params.vocab_only = True
+    model = llama.llama_model_load_from_file(os.fsencode(full), params)
+    if not model:
+        raise ExportError("llama.cpp cannot load the vocabulary of the converted model")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    vocabulary = llama.llama_model_get_vocab(model)
+    try:
+        equal = [_tokens(vocabulary, text) == tokenizer.encode(text, add_special_tokens=False) for text in SAMPLE_TEXTS]
+    finally:
+        llama.llama_model_free(model)
+    pre = gguf.GGUFReader(full).fields["tokenizer.ggml.pre"].contents()
+    return {"pre_tokenizer": pre, "tokenizer_agreement": sum(equal) / len(equal)}
+
+
+def _tokens(vocabulary: Any, text: str) -> list[int]:
+    data = text.encode()
+    found = (llama.llama_token * (len(data) + 8))()
+    count = llama.llama_tokenize(vocabulary, data, len(data), found, len(found), False, False)
+    return list(found[:count])

@@ -1,0 +1,132 @@
+"""What is to be exported: a run's student, merged once and kept, or a model folder as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpa_edge import __version__
+from mpa_edge.bundle import Source
+from mpa_edge.digests import digest_of_adapter, digest_of_folder
+from mpa_edge.errors import InputError
+from mpa_edge.export.workshop import Workshop
+from mpa_edge.models import ADAPTER, base_of
+from mpa_edge.records import write_atomic
+from mpa_edge.run_folder import RUN, RunFolder, read_run
+from mpa_edge.tasks import Task, task_named
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names for files and metadata: the student that was trained, and what it was trained into (None for itself)."""
+
+    base: str
+    finetune: str | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model folder that is ready for conversion, and what is known about it. `root` is where bundles go."""
+
+    folder: Path
+    root: Path
+    provenance: Source
+    names: Names
+    checks: dict[str, Any] = field(default_factory=dict)
+    run: Path | None = None
+    task: Task | None = None
+
+    @property
+    def name(self) -> str:
+        """How reports call the model."""
+        return self.names.finetune or self.names.base.rpartition("/")[2]
+
+
+def open_source(source: Path, out: Path | None, progress: Progress) -> Merged:
+    """The model of a run folder, merged when that is still to be done, or of a plain model folder.
+
+    Raises `InputError` for a path that is neither, and `ExportError` when the merge fails a check.
+    """
+    if (source / RUN).is_file():
+        return _merged_run(source, out, progress)
+    if (source / "config.json").is_file():
+        return _plain_model(source, out)
+    if (source / ADAPTER).is_file():
+        raise InputError(f"{source} is an adapter; name the run that holds it, or merge it first")
+    raise InputError(f"{source} is neither a run (no {RUN}) nor a model folder (no config.json)")
+
+
+def _plain_model(folder: Path, out: Path | None) -> Merged:
+    from mpa_edge.export.merge import check_files, refuse_quantized
+
+    refuse_quantized(folder)
+    name = folder.resolve().name
+    return Merged(
+        folder=folder,
+        root=out or Path("bundles") / name,
+        provenance=Source(student=name, base_sha256=digest_of_folder(folder), tool_version=__version__),
+        names=Names(base=name),
+        checks={"source": "base", **check_files(folder)},
+    )
+
+
+def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
+    content, adapter = read_run(run), RunFolder(run).student
+    if not (adapter / ADAPTER).is_file():
+        raise InputError(f"{run} has no trained student yet; finish it with mpa-edge align")
+    config = content.get("config", {})
+    task = task_named(config["task"]) if config.get("task") else None
+    folder, checks = _merge_once(run, adapter, progress)
+    base = _model_name(base_of(adapter))
+    return Merged(
+        folder=folder,
+        root=out or run / "bundles",
+        provenance=Source(
+            student=base,
+            teacher=_model_name(config["teacher"]) if config.get("teacher") else None,
+            task=task.name if task else None,
+            metric=task.metric if task else None,
+            run=run.resolve().name,
+            adapter_sha256=digest_of_adapter(adapter),
+            base_sha256=checks["base_sha256"],
+            tool_version=__version__,
+        ),
+        names=Names(base=base, finetune=run.resolve().name),
+        checks={key: value for key, value in checks.items() if key != "base_sha256"},
+        run=run,
+        task=task,
+    )
+
+
+def _merge_once(run: Path, adapter: Path, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """The run's merged model, made when it is not there or is another adapter's; `merged.json` vouches for it."""
+    from mpa_edge.export.merge import base_folder, merge
+
+    folder, record = run / "merged", run / "merged.json"
+    inputs = {"adapter": digest_of_adapter(adapter), "base": digest_of_folder(base_folder(adapter))}
+    try:
+        known = json.loads(record.read_bytes())
+        if known["inputs"] == inputs and known["output"] == digest_of_folder(folder):
+            return folder, {**known["checks"], "base_sha256": inputs["base"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or half of it: make it anew
+    progress("merge")
+    with Workshop(run) as workshop:
+        fresh = workshop.folder("merged")
+        checks = merge(adapter, fresh)
+        record.unlink(missing_ok=True)
+        workshop.place(fresh, folder)
+    content = {"inputs": inputs, "output": digest_of_folder(folder), "checks": checks, "tool_version": __version__}
+    write_atomic(record, json.dumps(content, indent=2) + "\n")
+    return folder, {**checks, "base_sha256": inputs["base"]}
+
+
+def _model_name(spec: str) -> str:
+    """A hub id as it is, a local path by its last part: a manifest holds no machine's paths."""
+    path = Path(spec).expanduser()
+    return path.resolve().name if path.is_dir() or spec.startswith((".", "/", "~")) else spec
