@@ -87,7 +87,12 @@ def _give_position_ids(model: onnx.ModelProto) -> None:
     shape = ["batch_size", "sequence_length"]
     model.graph.input.append(helper.make_tensor_value_info(POSITION_IDS, TensorProto.INT64, shape))
     for node in _attention_nodes(model):
-        node.input[GQA_POSITION_IDS] = POSITION_IDS
+        inputs = [*node.input, *[""] * (GQA_POSITION_IDS + 1 - len(node.input))]
+        inputs[GQA_POSITION_IDS] = POSITION_IDS
+        while not inputs[-1]:  # inputs that only newer versions of ONNX Runtime know are refused, even when empty
+            inputs.pop()
+        del node.input[:]
+        node.input.extend(inputs)
 
 
 def _fix_cache_shape(model: onnx.ModelProto, head_dim: int) -> None:
@@ -162,8 +167,6 @@ def _attention_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
     if not nodes or any(not node.input[GQA_PAST_KEY].startswith("past_key_values.") for node in nodes):
         raise ExportError("the decoder's graph has no GroupQueryAttention with a past; another version of the builder?")
-    for node in nodes:
-        node.input.extend([""] * (GQA_POSITION_IDS + 1 - len(node.input)))
     return nodes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 from mpa_edge.errors import ExportError
 from mpa_edge.export.families import family_of, read_config
 from mpa_edge.export.onnx_decoder import decoder_graph, text_model
+from mpa_edge.export.quiet import quiet
 
 VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 OPSET, IR_VERSION = 20, 10
@@ -35,9 +35,9 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
     largest output. Raises `UnknownFamily`, and `ExportError` when a graph differs.
     """
     family = family_of(read_config(merged)).name
-    model = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32, local_files_only=True).eval()
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode():
+    with torch.inference_mode(), quiet():
+        model = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32, local_files_only=True).eval()
         save_graph(VISION_GRAPHS[family](model), folder / f"{VISION}.onnx")
         save_graph(embedding_graph(model.get_input_embeddings().weight), folder / f"{EMBED}.onnx")
         save_graph(decoder_graph(model, merged), folder / f"{DECODER}.onnx")
@@ -75,18 +75,16 @@ def idefics3_vision_graph(model: Any) -> onnx.ModelProto:
     """`pixel_values`, `pixel_attention_mask` -> `image_features`, with any number of pictures and tiles."""
     pixels, mask = _vision_inputs(model, 2, 3)
     dimensions = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("num_tiles")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            Idefics3Vision(model).eval(),
-            (pixels, mask),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=["pixel_values", "pixel_attention_mask"],
-            output_names=["image_features"],
-            dynamic_shapes={"pixel_values": dimensions, "pixel_attention_mask": dimensions},
-        )
+    program = torch.onnx.export(
+        Idefics3Vision(model).eval(),
+        (pixels, mask),
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSET,
+        input_names=["pixel_values", "pixel_attention_mask"],
+        output_names=["image_features"],
+        dynamic_shapes={"pixel_values": dimensions, "pixel_attention_mask": dimensions},
+    )
     if program is None:
         raise ExportError("torch.onnx.export gave no program")
     return program.model_proto
@@ -125,7 +123,9 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 def open_graph(path: Path) -> onnxruntime.InferenceSession:
     """A graph under plain ONNX Runtime on the CPU."""
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; inputs with a default are warned about otherwise
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _with_notes(model: onnx.ModelProto) -> Iterator[Any]:

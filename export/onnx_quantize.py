@@ -8,14 +8,15 @@ for all activations: on random decoders of 192 and 576 channels its logits were 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from mpa_edge.errors import ExportError
 from mpa_edge.export.onnx_graphs import save_graph
+from mpa_edge.export.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,30 @@ def quantize_decoder(source: Path, target: Path, quantization: Quantization) -> 
 
     Raises `ExportError` when a weight of a MatMul stayed as it was.
     """
-    quantizer = MatMulNBitsQuantizer(
-        onnx.load(source),
-        bits=quantization.bits,
-        block_size=BLOCK,
-        is_symmetric=quantization.symmetric,
-        accuracy_level=ACCURACY_LEVEL,
-    )
-    quantizer.process()
-    model = quantizer.model.model
+    model = _quantized(onnx.load(source), quantization)
     weights = {tensor.name for tensor in model.graph.initializer}
     left = [node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
     if left:
         raise ExportError(f"{len(left)} of the decoder's weights were not quantized, among them {left[0]}")
     save_graph(model, target)
     return [node.name for node in model.graph.node if node.op_type == "MatMulNBits"]
+
+
+def _quantized(model: onnx.ModelProto, quantization: Quantization) -> onnx.ModelProto:
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    # On import this module sets up logging for the whole process.
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    with quiet():
+        quantizer = MatMulNBitsQuantizer(
+            model,
+            bits=quantization.bits,
+            block_size=BLOCK,
+            is_symmetric=quantization.symmetric,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+        quantizer.process()
+    return quantizer.model.model

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +239,17 @@ def test_large_graphs_keep_their_weights_beside_them(tmp_path: Path, monkeypatch
     assert (tmp_path / "embed_tokens.onnx_data").stat().st_size == weight.nbytes
     rows = session(path).run(None, {"input_ids": np.array([[7, 299]])})[0][0]
     np.testing.assert_array_equal(rows, weight[[7, 299]].numpy())
+
+
+def test_a_quantized_export_leaves_terminal_and_logging_alone(exported: Exported, tmp_path: Path) -> None:
+    program = (
+        "import logging; from pathlib import Path; from mpa_edge.export.onnx_quantize import *\n"
+        f"source = Path({str(exported['fp32'][0])!r}, 'onnx', 'decoder_model_merged.onnx')\n"
+        f"quantize_decoder(source, Path({str(tmp_path)!r}, 'q4.onnx'), QUANTIZATIONS['q4'])\n"
+        "assert not logging.getLogger().handlers"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_an_unknown_quantization_is_named_with_the_known_ones(tiny_idefics3: Path, tmp_path: Path) -> None:

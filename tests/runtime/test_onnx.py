@@ -146,7 +146,7 @@ def test_a_new_prompt_forgets_the_old_one(tiny_idefics3: Path, make_bundle: Make
 def test_quantized_logits_stay_near_float32(
     tiny_idefics3: Path, make_bundle: MakeBundle, picture: Picture, quant: str, low: float, high: float
 ) -> None:
-    """Bounds on a random model: below `low` nothing was quantized, above `high` it is broken (0.012 and 0.18 seen)."""
+    """Bounds on a random model: below `low` nothing was quantized, above `high` it is broken (0.012 and 0.14 seen)."""
     image = picture(200, 180)
     logits = {}
     for name in ("fp32", quant):
