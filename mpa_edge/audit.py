@@ -57,7 +57,7 @@ class Card:
     raw: str = ""
 
 
-def auditrun_facts(folder: Path, *, limit: int = CARDS) -> Path:
+def audit_run(folder: Path, *, limit: int = CARDS) -> Path:
     """Write the page of a run folder from the files in it; returns its path. `RunError` where there is no such run."""
     if not (folder / "samples.jsonl").is_file():
         raise RunError(f"{folder} is no run folder: it has no samples.jsonl")

@@ -19,15 +19,13 @@ VERDICTS = {
     "agree": ("agree", "both models give the pseudo-answer"),
     "unconfirmed": ("unconfirmed", "asked again, the teacher gives another answer"),
     "error": ("error", "a model did not answer"),
-    "rejected": ("rejected", "the teacher's text gave no usable pair"),
+    "rejected": ("rejected", "the teacher’s text gave no usable pair"),
 }
 REASONS = {
     "answer_in_question": "the question gives the answer away",
     "answer_too_long": "the answer is longer than the task allows",
     "collapsed": "the teacher asks this about too many pictures",
     "duplicate": "asked about this picture before",
-    "no_answer": "no answer",
-    "no_question": "no question",
     "not_about_image": "the question is not about the picture",
     "placeholder": "the prompt's form, not filled in",
     "question_too_long": "the question is too long",
@@ -48,15 +46,15 @@ FILE_REASONS = {
 
 
 def run_facts(folder: Path) -> dict[str, str]:
-    """What the head of the page says of the run."""
+    """What the head of the page says of the run; empty where `run.json` doesn't tell."""
     try:
         content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         config: dict[str, Any] = content["config"]
         names = {side: content.get(side, {}).get("name") or config.get(side) for side in ("teacher", "student")}
         facts = {**names, "task": config.get("task"), "select": config.get("select"), "match": config.get("match")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        facts = {}
-    return {"name": folder.resolve().name, **{key: str(value) for key, value in facts.items() if value}}
+        facts = dict.fromkeys(("teacher", "student", "task", "select", "match"))
+    return {"name": folder.resolve().name, **{key: str(value or "") for key, value in facts.items()}}
 
 
 def steps(

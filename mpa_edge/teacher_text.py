@@ -41,7 +41,7 @@ _NOISE = re.compile(r"<think>.*?(?:</think>|\Z)|<\|[^|<>\n]{1,40}\|>|</?(?:s|bos
 # What may stand before a label at the start of a line: bullets, quotes, headings, "2.", "(b)", an opening brace.
 # Each character can match in one way only, here and below: anything else lets hostile text take forever.
 _LINE_START = r"""(?:^|\n)(?:[-*•>\#{\["'_ ]|\(?\w{1,3}[.)](?=[ ]))*"""
-_WORD = r"(?:(?:short|final|correct|generated|predicted|possible|the)[ _]+)?(?:question|ques|answer|ans)s?"
+_WORD = r"(?:(?:short|final|correct|generated|predicted|possible|the)[ _]){0,2}(?:question|ques|answer|ans)s?"
 _NUMBER = r"[ _]*(?:\#?[ ]?\d{1,3})?"
 # The mark after a label, with the bold marks or quotes that may stand on either side of it.
 _COLON = r"""[ ]?[*_"']{0,3}(?:[ ]?\([^()\n]{0,40}\))?[ ]?[:：][*_]{0,3}"""
@@ -176,6 +176,7 @@ def _clean(text: str) -> str:
         text = re.sub(r"""(?<=["'?])[\]},; ]+$""", "", text)
         text = text[1:-1].strip() if len(text) > 1 and _quoted(text) else text
         text = text[1:] if text[:1] == '"' and text.count('"') == 1 else text  # JSON that breaks off
+        text = text.strip()
     return text
 
 
