@@ -78,7 +78,7 @@ def normalize_vqa(text: str) -> str:
 def _strip_punctuation(text: str) -> str:
     """Marks beside a space go, marks inside a word become a space; one that does both in a text goes everywhere."""
     stripped = text
-    for mark in _PUNCTUATION:
+    for mark in filter(text.__contains__, _PUNCTUATION):
         beside_space = mark + " " in text or " " + mark in text
         stripped = stripped.replace(mark, "" if beside_space else " ")
     return _PERIOD.sub("", stripped, count=_PERIODS_AT_MOST)

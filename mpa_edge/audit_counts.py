@@ -133,10 +133,12 @@ def favourites(annotations: Sequence[Annotation], count: int = 8) -> list[dict[s
             answers[key][row.answer] += 1
     total = sum(map(Counter.total, answers.values())) or 1
     most = sorted(answers, key=lambda key: (-answers[key].total(), key))[:count]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for key in most:
+        if answers[key].total() == 1:
+            break
         answer, times = min(answers[key].items(), key=lambda item: (-item[1], item[0]))
         asked = answers[key].total()
         share = 100 * asked / total
         rows.append({"question": texts[key], "count": asked, "share": share, "answer": answer, "times": times})
-    return [row for row in rows if row["count"] > 1]
+    return rows
