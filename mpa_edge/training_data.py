@@ -139,7 +139,8 @@ class TrainingData:
         ids = torch.stack([_pad_left(prompt, width, self._student.pad) for prompt in prompts])
         mask = torch.stack([_pad_left(torch.ones_like(prompt), width, 0) for prompt in prompts])
         features = [self._features[self._examples[place].image] for place in places]
-        image = BaseModelOutputWithPooling(pooler_output=features)
+        # A list with the features of each picture, as `get_image_features` gives it.
+        image = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
         return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": {"image": image}}
 
 

@@ -70,7 +70,9 @@ class TransformersVlm:
         if not sys.stderr.isatty():
             disable_progress_bar()
         try:
-            model = AutoModelForImageTextToText.from_pretrained(spec, dtype=_dtype(dtype, place), use_safetensors=True)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                spec, dtype=_dtype(dtype, place), use_safetensors=True
+            )
             processor = AutoProcessor.from_pretrained(spec)
             if adapter is not None:
                 model = _with_adapter(model, adapter)
@@ -79,7 +81,7 @@ class TransformersVlm:
             raise ModelError(
                 f"{where}: cannot be loaded as an image-text-to-text model ({_first_line(error)})"
             ) from error
-        source = {"weights": digest_of_folder(Path(spec))} if Path(spec).is_dir() else {"hub_id": spec}
+        source: dict[str, Any] = {"weights": digest_of_folder(Path(spec))} if Path(spec).is_dir() else {"hub_id": spec}
         source["revision"] = getattr(model.config, "_commit_hash", None)
         if adapter is not None:
             source["adapter"] = digest_of_adapter(adapter)
@@ -108,7 +110,7 @@ class TransformersVlm:
             _turn({"type": "image", "image": image}, "" if row in typed else prompt)
             for row, (image, prompt) in enumerate(zip(images, prompts, strict=True))
         ]
-        inputs = self.processor.apply_chat_template(
+        inputs: BatchFeature = self.processor.apply_chat_template(
             turns,
             add_generation_prompt=True,
             tokenize=True,
@@ -121,7 +123,8 @@ class TransformersVlm:
             tail = self.processor.tokenizer(after.partition(SLOT)[2], add_special_tokens=False)["input_ids"]
             texts = {row: self._plain.encode(prompt) for row, prompt in typed.items()}
             insert_left_padded(inputs, texts, before_last=len(tail), pad=self.pad)
-        return inputs.to(self.model.device, dtype=self.model.dtype)
+        inputs.to(self.model.device, dtype=self.model.dtype)  # in place
+        return inputs
 
     def target_ids(self, answer: str) -> list[int]:
         """The tokens that the model should write after the prompt: the answer as its chat template renders an

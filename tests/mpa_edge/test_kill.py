@@ -1,0 +1,78 @@
+"""SIGKILL in every stage, the same command again each time: the files of an undisturbed run, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+COMMAND = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from mpa_edge import level
+from mpa_edge.align import align
+from mpa_edge.config import AlignConfig
+level.STEPS_PER_CHECKPOINT = 3
+images, teacher, student, out = sys.argv[1:]
+align(AlignConfig(images=Path(images), teacher=teacher, student=student, task="reference", out=Path(out), device="cpu",
+                  questions=2, chunk_size=2, epochs=8, patience=8, train_batch_size=8))
+"""
+# A stage has surely begun, and surely not ended, when this file appears.
+SIGNS = ("annotations/part-00002.jsonl", "cases/part-00003.jsonl", "student/checkpoint.safetensors")
+AT_MOST = 300.0
+
+
+def command(pair: Any, out: Path) -> list[str]:
+    return [sys.executable, "-c", COMMAND, *map(str, (pair.images, pair.teacher, pair.student, out))]
+
+
+def kill_when(sign: Path, arguments: list[str]) -> None:
+    """Start the command and kill it as soon as a file is there."""
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + AT_MOST
+        while not sign.exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < end, f"{sign} did not appear"
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Everything but the lock and run.json, whose timings differ."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in (".lock", "run.json")
+    }
+
+
+def without_timings(out: Path) -> dict[str, Any]:
+    log: dict[str, Any] = json.loads((out / "run.json").read_text())
+    log["config"].pop("out")  # all that may differ is where it lies, and how long it took
+    for stage in log["stages"].values():
+        stage.pop("seconds")
+    return log
+
+
+def test_killed_in_each_stage_it_ends_in_the_same_files(tiny_pair: Any, tmp_path: Path) -> None:
+    # The folder has one name in both: the audit page shows it.
+    disturbed, undisturbed = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for sign in SIGNS:
+        kill_when(disturbed / sign, command(tiny_pair, disturbed))
+        assert not (disturbed / "student" / "metrics.json").exists(), f"killed too late at {sign}"
+        (disturbed / sign).parent.joinpath(".left-behind.1.tmp").write_text("half a line")
+    for out in (disturbed, undisturbed):
+        subprocess.run(command(tiny_pair, out), check=True, capture_output=True, text=True, timeout=AT_MOST)
+    found, wanted = files(disturbed), files(undisturbed)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+    assert len([name for name in wanted if name.startswith("annotations/part-")]) == 12
+    assert without_timings(disturbed) == without_timings(undisturbed)
