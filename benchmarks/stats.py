@@ -37,7 +37,8 @@ def mean_interval(scores: Sequence[float], *, seed: int = 0, resamples: int = RE
     """Mean and percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13) of scores; None for no scores.
 
     Drawing n rows with replacement gives multinomial counts of the distinct values, so the counts are drawn, not the
-    rows: the same distribution at a fraction of the work, since scores take few values.
+    rows: the same distribution at a fraction of the work, since scores take few values. Where all scores are equal the
+    interval has no width, which says more than so many questions can know.
     """
     if not len(scores):
         return None

@@ -52,7 +52,16 @@ def variants_of(bundles: Sequence[str], baselines: Sequence[str]) -> list[Varian
         seen[variant.name] += 1
         again = variant.name in repeated and seen[variant.name] > 1
         unique.append(replace(variant, name=f"{variant.name}-{seen[variant.name]}") if again else variant)
-    return sorted(unique, key=lambda variant: STEPS.index(variant.step))
+    engines = list(dict.fromkeys(variant.engine for variant in unique if variant.role == "bundle"))
+    return sorted(unique, key=lambda variant: place_on_road(variant, engines))
+
+
+def place_on_road(variant: Variant, engines: Sequence[str]) -> tuple[int, int, int]:
+    """Sorts by the road; bundles by engine first, so that what is quantized follows what it was made from."""
+    step = STEPS.index(variant.step)
+    if variant.role == "bundle":
+        return (STEPS.index("full"), engines.index(variant.engine), step)
+    return (step, 0, 0)
 
 
 def baseline_of(text: str) -> Variant:
