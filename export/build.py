@@ -7,7 +7,8 @@ like a bundle, and an older bundle stays until the new one is whole.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,16 +50,31 @@ def export(
     """
     quants = checked(format, quants)
     _require_libraries(format)
-    merged = open_source(Path(source), out, progress)
-    family_of(read_config(merged.folder))
-    with Workshop(merged.root) as workshop:
-        return _build(merged, format, quants, workshop, samples, progress)
+    with _no_progress_bars():
+        merged = open_source(Path(source), out, progress)
+        family_of(read_config(merged.folder))
+        with Workshop(merged.root) as workshop:
+            return _build(merged, format, quants, workshop, samples, progress)
 
 
 def _require_libraries(format: Format) -> None:
     for library in LIBRARIES[format]:
         if importlib.util.find_spec(library) is None:
             raise MissingExtra(library, "export")
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every model that it loads; the caller has `progress`."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _build(

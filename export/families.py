@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from PIL import Image
 
@@ -61,7 +61,7 @@ class Idefics3:
             mean=tuple(images.image_mean),
             std=tuple(images.image_std),
             rescale_factor=images.rescale_factor,
-            resample=Image.Resampling(images.resample).name.lower(),
+            resample=cast("Any", Image.Resampling(images.resample).name.lower()),
             tokens_per_tile=tokens,
         )
 

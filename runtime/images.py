@@ -12,7 +12,7 @@ from typing import IO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mpa_edge.bundle import ImageSettings
 from mpa_edge.errors import ImageError
@@ -165,7 +165,7 @@ def _name_of(source: Source) -> str:
 
 
 def _image_error(name: str, error: Exception) -> ImageError:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return ImageError(name, "unreadable", f"no picture in one of the formats {', '.join(FORMATS)}")
     why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return ImageError(name, "truncated" if "truncated" in why.lower() else "unreadable", why)

@@ -105,11 +105,11 @@ class LlamaCpp:
             else:
                 logits = self._decode_batch(len(chunk), wanted, token=np.asarray(chunk, np.int32))
             collected.append(logits)
-        return np.concatenate(collected) if all_logits else collected[-1][-1]
+        return np.concatenate(collected) if all_logits else cast("Logits", collected[-1][-1])
 
     def decode(self, token_id: int) -> Logits:
         """See `Engine.decode`."""
-        return self._decode_batch(1, 1, token=np.asarray([token_id], np.int32))[-1]
+        return cast("Logits", self._decode_batch(1, 1, token=np.asarray([token_id], np.int32))[-1])
 
     def close(self) -> None:
         """See `Engine.close`. Safe to call twice."""
@@ -132,7 +132,8 @@ class LlamaCpp:
                 raise ModelError("llama.cpp could not encode a tile")
             shape = (self._tokens_per_tile, self._hidden)
             # Copied: mtmd overwrites its buffer with the next tile.
-            return np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._mtmd), shape).copy()
+            features = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._mtmd), shape).copy()
+            return cast("Features", features)
         finally:
             mtmd.mtmd_input_chunks_free(chunks)
             mtmd.mtmd_bitmap_free(bitmap)
@@ -172,7 +173,7 @@ class LlamaCpp:
         """Append `count` positions to the cache; returns the logits (wanted, vocabulary) of the last `wanted`."""
         positions = np.arange(self._past, self._past + count, dtype=np.int32)
         sequence_counts = np.ones(count, np.int32)
-        sequence = (llama.llama_seq_id * 1)(0)
+        sequence = ctypes.pointer(llama.llama_seq_id(0))
         sequences = (ctypes.POINTER(llama.llama_seq_id) * count)(*[sequence] * count)
         output = np.zeros(count, np.int8)
         output[count - wanted :] = 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from mpa_edge.bundle import ImageSettings
 from mpa_edge.errors import ImageError
@@ -37,8 +38,8 @@ def settings(longest_edge: int, split: bool, tile: int = 64, resample: str = "la
     )  # fmt: skip
 
 
-def processor_of(wanted: ImageSettings) -> Idefics3ImageProcessorPil:
-    return Idefics3ImageProcessorPil(
+def processor_of(wanted: ImageSettings, kind: type[Idefics3ImageProcessorPil]) -> Idefics3ImageProcessorPil:
+    return kind(
         size={"longest_edge": wanted.longest_edge},
         max_image_size={"longest_edge": wanted.tile_size},
         do_image_splitting=wanted.split,
@@ -48,8 +49,10 @@ def processor_of(wanted: ImageSettings) -> Idefics3ImageProcessorPil:
     )
 
 
-def assert_same(image: Image.Image, wanted: ImageSettings) -> None:
-    expected = processor_of(wanted)([[image]], return_row_col_info=True, return_tensors="np")
+def assert_same(
+    image: Image.Image, wanted: ImageSettings, kind: type[Idefics3ImageProcessorPil] = Idefics3ImageProcessorPil
+) -> None:
+    expected = processor_of(wanted, kind)([[image]], return_row_col_info=True, return_tensors="np")
     tiles, rows, columns = tiles_of(open_image(image), wanted)
     assert ([[rows]], [[columns]]) == (expected["rows"], expected["cols"])
     np.testing.assert_array_equal(normalise(tiles, wanted), expected["pixel_values"][0])
@@ -82,11 +85,12 @@ def test_real_tile_sizes_and_the_4096_limit_equal_the_processors(longest_edge: i
     assert_same(picture("RGB", (97, 31)), settings(longest_edge, True, tile=364))
 
 
-def test_random_sizes_equal_the_processors() -> None:
+@pytest.mark.parametrize("kind", [Idefics3ImageProcessorPil, SmolVLMImageProcessorPil])
+def test_random_sizes_equal_the_processors(kind: type[Idefics3ImageProcessorPil]) -> None:
     random = np.random.default_rng(5)
-    for seed in range(60):
+    for seed in range(40):
         width, height, edge = (int(n) for n in random.integers([1, 1, 32], [300, 300, 400]))
-        assert_same(picture("RGB", (width, height), seed), settings(edge, bool(seed % 4), tile=32))
+        assert_same(picture("RGB", (width, height), seed), settings(edge, bool(seed % 4), tile=32), kind)
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
