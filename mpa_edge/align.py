@@ -18,13 +18,13 @@ from mpa_edge.audit import write_audit
 from mpa_edge.collapse import collapse
 from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import Skipped, scan_images
-from mpa_edge.errors import InputError, RunError
+from mpa_edge.errors import FingerprintMismatch, InputError, RunError
 from mpa_edge.identify import identify
 from mpa_edge.models import ADAPTER, open_vlm
-from mpa_edge.parts import read_parts
+from mpa_edge.parts import compare_fingerprints, read_parts
 from mpa_edge.progress import progress
-from mpa_edge.records import Annotation, Case, Sample, write_rows
-from mpa_edge.run_folder import RUN, RunFolder, RunLog
+from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
+from mpa_edge.run_folder import RUN, RunFolder, RunLog, read_run
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.selection import select_cases, training_row
 from mpa_edge.tasks import Task, task_named
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # One question with one answer may make up this share of a run's annotations; rarer ones are never too many.
 PAIR_SHARE = 0.05
+# Settings that may differ when a run goes on.
+NOT_SHAPING = ("images", "teacher", "student", "out", "fresh", "batch_size", "device")
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,12 @@ def _align(config: AlignConfig, teacher: Vlm, student: Vlm) -> AlignResult:
     trainable = _trainable(student, config)
     if config.fresh:
         run.clear()
-    log = RunLog(run.path / RUN, config.to_json())
-    log.add(teacher={"name": teacher.name, **teacher.describe()}, student={"name": student.name, **student.describe()})
+    models = {
+        "teacher": {"name": teacher.name, **teacher.describe()},
+        "student": {"name": student.name, **student.describe()},
+    }
+    _refuse_other_settings(run, {"config": config.to_json(), **models})
+    log = RunLog(run.path / RUN, config=config.to_json(), **models)
     samples, skipped = _scan(config, run, log)
     annotations = _annotate(config, run, log, teacher, samples, task)
     cases = _identify(config, run, log, teacher, student, samples, annotations, task)
@@ -126,10 +132,37 @@ def _align(config: AlignConfig, teacher: Vlm, student: Vlm) -> AlignResult:
     return result
 
 
+def _refuse_other_settings(run: RunFolder, now: dict[str, Any]) -> None:
+    """`FingerprintMismatch` when the folder holds a run of other settings or models; before anything is written.
+
+    Each stage looks again at what shapes its own output; this check sees it first and names the flags.
+    """
+    if (run.path / RUN).exists():
+        compare_fingerprints(run.path, _shaping(read_run(run.path)), _shaping(now))
+
+
+def _shaping(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a `run.json` shapes the results. Pictures and models count by what they are, not by their paths."""
+    config, models = content.get("config", {}), ("teacher", "student")
+    flags = {f"--{name.replace('_', '-')}": value for name, value in config.items() if name not in NOT_SHAPING}
+    return flags | {side: {**content.get(side, {}), "name": None} for side in models}
+
+
+def _refuse_other_pictures(run: RunFolder, samples: Sequence[Sample]) -> None:
+    if run.samples.exists():
+        before = [row.sha256 for row in read_rows(run.samples, Sample)]
+        now = [row.sha256 for row in samples]
+        if before != now:
+            new = len(set(now) - set(before))
+            difference = (f"{len(before)} pictures", f"{len(now)} pictures, {new} of them new")
+            raise FingerprintMismatch(run.path, {"--images": difference})
+
+
 def _scan(config: AlignConfig, run: RunFolder, log: RunLog) -> tuple[list[Sample], list[Skipped]]:
     with log.stage("samples") as facts:
         samples, skipped = scan_images(config.images, cache=run.path / ".scan.jsonl")
         samples = samples[: config.limit]
+        _refuse_other_pictures(run, samples)
         write_rows(run.samples, samples)
         write_rows(run.skipped, skipped)
         facts |= {"used": len(samples), "skipped": _count(item.reason for item in skipped)}

@@ -105,23 +105,18 @@ class RunFolder:
 
 
 class RunLog:
-    """`run.json`, rewritten in one step whenever something is added. A resumed run starts a new one: counts are
-    recomputed from the rows, and a stage's seconds are those of the process that ran it last."""
+    """`run.json`, rewritten in one step after each stage. A resumed run starts a new one: counts are recomputed from
+    the rows, and a stage's seconds are those of the process that ran it last."""
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+    def __init__(self, path: Path, **facts: Any) -> None:
         self._path = path
         self._content: dict[str, Any] = {
             "schema": 1,
             "tool": f"mpa-edge {__version__}",
-            "config": config,
             "versions": {"python": platform.python_version(), **_versions()},
+            **facts,
             "stages": {},
         }
-
-    def add(self, **facts: Any) -> None:
-        """Add top-level facts."""
-        self._content |= facts
-        write_atomic(self._path, json.dumps(self._content, indent=2, ensure_ascii=False) + "\n")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -130,7 +125,7 @@ class RunLog:
         start = time.perf_counter()
         yield facts
         self._content["stages"][name] = {**facts, "seconds": round(time.perf_counter() - start, 3)}
-        self.add()
+        write_atomic(self._path, json.dumps(self._content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -124,17 +124,34 @@ def test_the_same_command_again_changes_nothing(run: tuple[Path, Any], tiny_pair
     assert files() == before
 
 
-def test_other_settings_are_refused_and_fresh_starts_over(
+def test_other_settings_are_refused_before_anything_is_written(
     run: tuple[Path, Any], tiny_pair: Any, tmp_path: Path
 ) -> None:
+    out = tmp_path / run[0].name
+    shutil.copytree(run[0], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for settings, says in (
+        ({"match": "paper"}, r"\(--match: was 'metric', is 'paper'\)"),
+        ({"select": "random", "rank": 8}, r"\(--rank: was 16, is 8; --select: was 'parity', is 'random'\)"),
+        ({"limit": 12}, r"\(--limit: was None, is 12\)"),
+        ({"teacher": str(tiny_pair.student)}, r"\(teacher\.weights: was "),
+        (
+            {"images": tiny_pair.images.parent / "labelled"},
+            "--images: was '24 pictures', is '24 pictures, 24 of them new'",
+        ),
+    ):
+        with pytest.raises(FingerprintMismatch, match=says):
+            align(config(tiny_pair, out, **settings))
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    changed = [path.name for path in before if after[path] != before[path]]
+    assert changed in ([], [".scan.jsonl"])
+
+
+def test_fresh_starts_over_and_leaves_other_files(run: tuple[Path, Any], tiny_pair: Any, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(run[0], out)
-    with pytest.raises(FingerprintMismatch, match=r"cases.*metric: was 'exact_match', is 'containment'"):
-        align(config(tiny_pair, out, match="paper"))
-    with pytest.raises(FingerprintMismatch, match=r"annotations.*input"):
-        align(config(tiny_pair, out, limit=12))
     (out / "notes.txt").write_text("mine")
-    result = align(config(tiny_pair, out, limit=12, fresh=True, epochs=1))
+    result = align(config(tiny_pair, out, limit=12, fresh=True, epochs=1, batch_size=5))
     assert result.pictures == 12
     assert (out / "notes.txt").exists()
 
