@@ -107,10 +107,18 @@ def _leave_one_out(matches: int, references: int) -> float:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the prediction equals one of the references after `normalize_vqa`, else 0.0."""
+    """1.0 where the prediction equals one of the references after `normalize_vqa`, else 0.0.
+
+    A text that normalises to nothing ("A" is an article there, and also the name of a bar) is compared as it is,
+    without case and outer space.
+    """
     _require(references)
-    answer = normalize_vqa(prediction)
-    return float(any(normalize_vqa(reference) == answer for reference in references))
+    answer = _comparable(prediction)
+    return float(any(_comparable(reference) == answer for reference in references))
+
+
+def _comparable(text: str) -> str:
+    return normalize_vqa(text) or text.strip().lower()
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:

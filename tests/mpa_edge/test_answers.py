@@ -242,6 +242,9 @@ def test_containment(prediction: str, reference: str, score: float) -> None:
 def test_exact_match() -> None:
     assert exact_match("The Two.", ["three", "2"]) == 1.0
     assert exact_match("12", ["2"]) == 0.0
+    assert exact_match("a", ["A"]) == 1.0
+    assert exact_match("", ["A"]) == 0.0
+    assert exact_match("the", ["A"]) == 0.0
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
