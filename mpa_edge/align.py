@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ def align(config: AlignConfig) -> AlignResult:
     with RunFolder(config.run).lock():
         student = open_vlm(config.student, **options)
         teacher = open_vlm(config.teacher, **options)
-        return _align(config, teacher, student)
+        return _align(config, teacher, student, teacher_done=teacher.close)
 
 
 def align_models(config: AlignConfig, teacher: Vlm, student: Vlm) -> AlignResult:
@@ -103,7 +103,10 @@ def align_models(config: AlignConfig, teacher: Vlm, student: Vlm) -> AlignResult
         return _align(config, teacher, student)
 
 
-def _align(config: AlignConfig, teacher: Vlm, student: Vlm) -> AlignResult:
+def _align(
+    config: AlignConfig, teacher: Vlm, student: Vlm, *, teacher_done: Callable[[], None] = lambda: None
+) -> AlignResult:
+    """`teacher_done` is called before training, which may need the memory."""
     run, task = RunFolder(config.run), task_named(config.task)
     trainable = _trainable(student, config)
     if config.fresh:
@@ -117,6 +120,7 @@ def _align(config: AlignConfig, teacher: Vlm, student: Vlm) -> AlignResult:
     samples, skipped = _scan(config, run, log)
     annotations = _annotate(config, run, log, teacher, samples, task)
     cases = _identify(config, run, log, teacher, student, samples, annotations, task)
+    teacher_done()
     chosen = _select(config, run, log, samples, cases, task)
     result = AlignResult(
         run=run.path,

@@ -9,7 +9,8 @@
     audit.html          what was kept and what was dropped, with the pictures
     student/            the adapter with its metrics
 
-Everything but the timings in `run.json` is the same, byte for byte, however often the run was killed and resumed.
+Everything but the timings in `run.json` is the same, byte for byte, however often the run was killed and resumed. (On
+one machine; a GPU may round a training step differently from one time to the next.)
 """
 
 from __future__ import annotations
