@@ -135,7 +135,7 @@ def tiny_one_tile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def onnx_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """`onnx_graphs(model)`: where `to_onnx` keeps the float32 graphs of a model folder, so that each is exported once."""
+    """`onnx_graphs(model)`: where `to_onnx` keeps the float32 graphs of a model folder; each is exported once."""
     root = tmp_path_factory.mktemp("onnx-graphs")
     return lambda model: root / model.name
 
