@@ -145,8 +145,14 @@ def export(
     from mpa_edge.export.build import export as run_export
 
     quants = (quant or ("q8_0" if format is Format.gguf else "int8")).split(",")
-    for bundle in run_export(source or _newest_run(), format.value, quants, out):
+    with _resumable():
+        bundles = run_export(source or _newest_run(), format.value, quants, out, progress=_say)
+    for bundle in bundles:
         typer.echo(f"{bundle}\n  next: mpa-edge ask {bundle} PICTURE.jpg 'What does the sign say?'")
+
+
+def _say(step: str) -> None:
+    typer.echo(f"  {step} …", err=True)
 
 
 def _newest_run() -> Path:
@@ -179,8 +185,7 @@ def ask(
             typer.echo(text, nl=False)
         typer.echo()
         if timings:
-            phases = vars(stream.answer.timings).items()
-            typer.echo("  ".join(f"{name} {ms:.1f} ms" for name, ms in phases if ms is not None), err=True)
+            typer.echo(stream.answer.timings.line(), err=True)
 
 
 @app.command(
