@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ PACKAGES = (
 
 
 def host() -> dict[str, Any]:
-    """CPU, cores, memory, system, versions and the load before the measurement; None for what the system hides."""
+    """CPU, cores, memory, system, versions and how busy it was; None for what the system hides."""
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -31,7 +32,7 @@ def host() -> dict[str, Any]:
         "machine": platform.machine() or None,
         "python": platform.python_version(),
         "versions": versions(),
-        "load_average": load_average(),
+        "busy": busy(),
     }
 
 
@@ -68,12 +69,26 @@ def system_name() -> str:
         return f"{platform.system()} {platform.release()}".strip()
 
 
-def load_average() -> float | None:
-    """Runnable processes over the last minute: above zero before a measurement, the machine was not idle."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except (AttributeError, OSError):
+def busy(seconds: float = 0.5) -> float | None:
+    """The share of all cores' time that others use while we only wait; None where the system does not tell.
+
+    Not the load average, which still remembers what we did ourselves a minute ago.
+    """
+    before = core_times()
+    time.sleep(seconds)
+    after = core_times()
+    if before is None or after is None or after[1] <= before[1]:
         return None
+    return round(1 - (after[0] - before[0]) / (after[1] - before[1]), 3)
+
+
+def core_times() -> tuple[int, int] | None:
+    """(idle, all) ticks of all cores together since the start."""
+    try:
+        ticks = [int(tick) for tick in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    except (OSError, ValueError):
+        return None
+    return sum(ticks[3:5]), sum(ticks[:8])
 
 
 def versions() -> dict[str, str]:

@@ -64,48 +64,60 @@ class Scatter:
     bottom: int = HEIGHT - BOTTOM
 
 
+@dataclass(frozen=True)
+class Axis:
+    """Values from `low` to `high` on the page from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """The place of a value."""
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+
 def scatter(entries: Sequence[dict[str, Any]]) -> Scatter | None:
     """Accuracy against the median latency (logarithmic); None where no variant has both."""
-    known = [
-        entry for entry in entries if entry["accuracy"]["value"] is not None and entry["latency_ms"]["total"]["p50"]
-    ]
+    answered = [entry for entry in entries if entry["accuracy"]["value"] is not None]
+    known = [entry for entry in answered if entry["latency_ms"]["total"]["p50"]]
     if not known:
         return None
-    times = [entry["latency_ms"]["total"][q] for entry in known for q in ("p50", "p95")]
-    x_low, x_high = log10(min(times)) - 0.12, log10(max(times)) + 0.12
-    ends = [end for entry in known for end in entry["accuracy"]["ci95"]]
-    y_low, y_high = max(0.0, floor(min(ends) * 20) / 20), min(1.0, ceil(max(ends) * 20) / 20)
-    y_high = max(y_high, y_low + 0.05)
-
-    def x(value: float) -> float:
-        return round(LEFT + (log10(value) - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
-
-    step = next(size for size in (0.05, 0.1, 0.2) if (y_high - y_low) / size <= 8)
-    y_values = [n * step for n in range(ceil(y_low / step - 1e-9), floor(y_high / step + 1e-9) + 1)]
-    places = [(x(entry["latency_ms"]["total"]["p50"]), y(entry["accuracy"]["value"])) for entry in known]
-    labels = place_labels([entry["name"] for entry in known], places)
+    x, y = axes(known)
+    labels = place_labels([entry["name"] for entry in known], [place_of(entry, x, y) for entry in known])
+    points = tuple(point(entry, label, x, y) for entry, label in zip(known, labels, strict=True))
+    step = next(size for size in (0.05, 0.1, 0.2) if (y.high - y.low) / size <= 8)
+    shares = [number * step for number in range(ceil(y.low / step - 1e-9), floor(y.high / step + 1e-9) + 1)]
     return Scatter(
-        tuple(
-            Point(
-                entry["name"],
-                entry["tone"],
-                *place,
-                *(y(end) for end in entry["accuracy"]["ci95"]),
-                x(entry["latency_ms"]["total"]["p95"]),
-                label,
-                entry["facts"],
-            )
-            for entry, place, label in zip(known, places, labels, strict=True)
-        ),
-        tuple(
-            Tick(x(value), f"{value:g} ms" if value < 1000 else f"{value / 1000:g} s")
-            for value in decades(x_low, x_high)
-        ),
-        tuple(Tick(y(value), f"{100 * value:.0f}%") for value in y_values),
+        points,
+        tuple(Tick(x.at(log10(value)), duration(value)) for value in decades(x.low, x.high)),
+        tuple(Tick(y.at(value), f"{100 * value:.0f}%") for value in shares),
     )
+
+
+def axes(known: Sequence[dict[str, Any]]) -> tuple[Axis, Axis]:
+    """Axes that hold all points with their ranges: the logarithm of milliseconds, and shares in steps of 5%."""
+    times = [entry["latency_ms"]["total"][q] for entry in known for q in ("p50", "p95")]
+    ends = [end for entry in known for end in entry["accuracy"]["ci95"]]
+    low, high = max(0.0, floor(min(ends) * 20) / 20), min(1.0, ceil(max(ends) * 20) / 20)
+    return (
+        Axis(log10(min(times)) - 0.12, log10(max(times)) + 0.12, LEFT, WIDTH - RIGHT),
+        Axis(min(low, 0.95), max(high, min(low, 0.95) + 0.05), HEIGHT - BOTTOM, TOP),
+    )
+
+
+def point(entry: dict[str, Any], label: Label, x: Axis, y: Axis) -> Point:
+    """A variant's point."""
+    low, high = entry["accuracy"]["ci95"]
+    place = place_of(entry, x, y)
+    p95 = x.at(log10(entry["latency_ms"]["total"]["p95"]))
+    return Point(entry["name"], entry["tone"], *place, y.at(low), y.at(high), p95, label, entry["facts"])
+
+
+def place_of(entry: dict[str, Any], x: Axis, y: Axis) -> tuple[float, float]:
+    """Where a variant's point is."""
+    return x.at(log10(entry["latency_ms"]["total"]["p50"])), y.at(entry["accuracy"]["value"])
 
 
 def duration(value: float) -> str:
@@ -129,9 +141,8 @@ def place_labels(names: Sequence[str], places: Sequence[tuple[float, float]]) ->
             for base in (y - away, y + away + 8):
                 spots += [Label(x, base, "middle", away > 18), Label(x + 11, base, "start", True)]
                 spots += [Label(x - 11, base, "end", True)]
-        free = [
-            spot for spot in spots if inside(box := box_of(spot, name)) and not any(overlap(box, one) for one in taken)
-        ]
+        boxes = [(spot, box_of(spot, name)) for spot in spots]
+        free = [spot for spot, box in boxes if inside(box) and not any(overlap(box, one) for one in taken)]
         labels.append((free or spots)[0])
         taken.append(box_of(labels[-1], name))
     return labels

@@ -77,7 +77,7 @@ def mcnemar(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) ->
     for k in range(1, min(only_a, only_b) + 1):
         ways = ways * (differ - k + 1) // k
         tail += ways
-    return min(1.0, 2 * tail / 2**differ)
+    return min(1.0, float(2 * tail / (1 << differ)))
 
 
 def percentile(values: Sequence[float | None], q: float) -> float | None:

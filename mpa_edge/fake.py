@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -98,7 +98,7 @@ class FakeVlm:
 
 def open_fake(spec: str, *, name: str | None = None) -> FakeVlm:
     """The fake of a spec as above; `InputError` for a setting that is not there, `ModelError` where it is broken."""
-    known_names = {item.name: type(item.default) for item in fields(FakeSettings)}
+    known_names = {name: type(value) for name, value in vars(FakeSettings()).items()}
     settings: dict[str, Any] = {}
     for key, value in parse_qsl(spec.removeprefix(PREFIX).removeprefix("?"), keep_blank_values=True):
         if key not in known_names:

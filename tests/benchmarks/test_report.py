@@ -215,3 +215,9 @@ def test_labels_keep_off_each_other() -> None:
     names = ["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "onnx-fp32", "onnx-int8", "teacher-with-a-name"]
     boxes = [box_of(label, name) for label, name in zip(place_labels(names, places), names, strict=True)]
     assert not any(overlap(a, b) for number, a in enumerate(boxes) for b in boxes[:number])
+
+
+def test_a_busy_machine_is_told(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, _ = make(questions, monkeypatch)
+    assert "busy" not in render_markdown({**report, "host": {**report["host"], "busy": 0.05}})
+    assert "80% busy" in render_markdown({**report, "host": {**report["host"], "busy": 0.8}})

@@ -1,0 +1,98 @@
+"""The words: what is picked, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mpa_edge.benchmarks.verdict import milliseconds, percent, pick, points, size, verdict
+
+
+def entry(name: str, step: str, accuracy: float | None, p50: float = 10.0, megabytes: float = 5.0) -> dict[str, Any]:
+    return {
+        "name": name,
+        "step": step,
+        "role": "bundle" if step in ("full", "quantized") else step,
+        "accuracy": {"value": accuracy},
+        "latency_ms": {"total": {"p50": p50, "p95": 2 * p50}},
+        "size_mb": megabytes,
+        "peak_memory_mb": 100.0,
+        "gap_closed": 0.5,
+        "failed": None if accuracy is not None else "out of memory",
+    }
+
+
+def against(a: str, b: str, delta: float, width: float = 0.02, kind: str = "student") -> dict[str, Any]:
+    return {"a": a, "b": b, "delta": delta, "ci95": [delta - width, delta + width], "against": kind, "n": 1500}
+
+
+def test_the_fastest_of_the_good_ones_is_picked() -> None:
+    bundles = [
+        entry("f16", "full", 0.70, p50=20),
+        entry("q8", "quantized", 0.695, p50=12),
+        entry("q4", "quantized", 0.66, p50=5),
+        entry("broken", "quantized", None, p50=1),
+    ]
+    found = pick([entry("teacher", "teacher", 0.9), *bundles])
+    assert found is not None
+    assert found["name"] == "q8"
+    assert pick([entry("teacher", "teacher", 0.9)]) is None
+
+
+@pytest.mark.parametrize(
+    ("delta", "decision", "headline"),
+    [
+        (0.10, "deploy", "Deploy q8"),
+        (0.01, "undecided", "Undecided"),
+        (-0.10, "keep", "Do not deploy q8"),
+    ],
+)
+def test_the_decision_is_the_intervals(delta: float, decision: str, headline: str) -> None:
+    entries = [entry("student", "student", 0.5), entry("q8", "quantized", 0.5 + delta)]
+    found = verdict(entries, [against("student", "q8", delta)])
+    assert (found["decision"], found["pick"]) == (decision, "q8")
+    assert found["headline"].startswith(headline)
+
+
+def test_the_steps_are_told_in_words() -> None:
+    entries = [
+        entry("teacher", "teacher", 0.9, p50=100, megabytes=50),
+        entry("student", "student", 0.5),
+        entry("aligned", "aligned", 0.7),
+        entry("f16", "full", 0.7),
+        entry("q4", "quantized", 0.6),
+        entry("q8", "quantized", None),
+    ]
+    comparisons = [
+        against("student", "aligned", 0.2, kind="road"),
+        against("aligned", "f16", 0.0, kind="road"),
+        against("f16", "q4", -0.1, kind="road"),
+        against("student", "f16", 0.2),
+    ]
+    found = verdict(entries, comparisons)
+    assert found["reasons"] == [
+        "Alignment raised the student's accuracy: +20.0 points (95% interval +18.0 to +22.0) and closed 50% of the gap "
+        "to the teacher.",
+        "On the way to the device: no change that 1,500 questions can show in f16; q4 −10.0 points against f16.",
+        "Beside the teacher, f16 is 10.0× smaller, 10.0× faster.",
+        "q8 failed: out of memory.",
+    ]
+    assert found["summary"] == (
+        "It answers 70.0% right, where the base student has 50.0% and the teacher 90.0%, at 10.0 ms per answer and "
+        "5.0 MB on disk."
+    )
+
+
+def test_nothing_measured_is_nothing_decided() -> None:
+    found = verdict([], [])
+    assert (found["decision"], found["pick"], found["summary"], found["reasons"]) == ("none", None, None, [])
+
+
+def test_figures_are_short() -> None:
+    assert [points(value) for value in (0.123, -0.0551, 0.0001, -0.0004)] == ["+12.3", "−5.5", "0.0", "0.0"]
+    assert [milliseconds(value) for value in (0.84, 12.34, 345.6, 2410.0, None)] == [
+        "0.84 ms", "12.3 ms", "346 ms", "2.41 s", "–",
+    ]  # fmt: skip
+    assert [size(value) for value in (3.14, 214.6, 2140.0, None)] == ["3.1 MB", "215 MB", "2.14 GB", "–"]
+    assert [percent(0.6134), percent(None)] == ["61.3%", "–"]
