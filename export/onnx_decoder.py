@@ -133,7 +133,7 @@ def _use_standard_norms(model: onnx.ModelProto) -> None:
 
     `onnx.checker` refuses that operator. ONNX Runtime fuses the six back into one.
     """
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         nodes.extend(_norm_nodes(node) if node.op_type == "SimplifiedLayerNormalization" else [node])
     del model.graph.node[:]

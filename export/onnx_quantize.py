@@ -72,4 +72,5 @@ def _quantized(model: onnx.ModelProto, quantization: Quantization) -> onnx.Model
             accuracy_level=ACCURACY_LEVEL,
         )
         quantizer.process()
-    return quantizer.model.model
+    quantized: onnx.ModelProto = quantizer.model.model
+    return quantized

@@ -49,7 +49,7 @@ class OnnxEngine:
         self._decoder = _session(bundle, folder, "decoder", threads, providers)
         self._outputs = [output.name for output in self._decoder.get_outputs()]
         self._empty = {
-            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            value.name: _value(np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32))
             for value in self._decoder.get_inputs()
             if value.name.startswith("past_key_values.")
         }
@@ -81,11 +81,13 @@ class OnnxEngine:
         embeds[0, places] = rows
         self._past, self._length = self._empty, 0
         logits = self._step(embeds, 0 if all_logits else 1)
-        return logits if all_logits else logits[-1]
+        last: Logits = logits[-1]
+        return logits if all_logits else last
 
     def decode(self, token_id: int) -> Logits:
         """See `Engine.decode`."""
-        return self._step(self._embed(np.array([token_id], np.int64)), 1)[-1]
+        logits: Logits = self._step(self._embed(np.array([token_id], np.int64)), 1)[-1]
+        return logits
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -100,16 +102,22 @@ class OnnxEngine:
         """Run the decoder on top of the cache and keep its new cache; logits (positions, vocabulary)."""
         start, end = self._length, self._length + embeds.shape[1]
         feed = {
-            "inputs_embeds": embeds,
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(start, end, dtype=np.int64)[None],
-            "num_logits_to_keep": np.array(keep, np.int64),
+            "inputs_embeds": _value(embeds),
+            "attention_mask": _value(np.ones((1, end), np.int64)),
+            "position_ids": _value(np.arange(start, end, dtype=np.int64)[None]),
+            "num_logits_to_keep": _value(np.array(keep, np.int64)),
         }
-        outputs = dict(zip(self._outputs, self._decoder.run(None, feed | self._past), strict=True))
-        logits: Logits = outputs.pop("logits")[0]
+        # As OrtValues the cache stays in ONNX Runtime's memory; as arrays it would be copied out at every token.
+        results = self._decoder.run_with_ort_values(self._outputs, feed | self._past)
+        outputs = dict(zip(self._outputs, results, strict=True))
+        logits: Logits = outputs.pop("logits").numpy()[0]
         self._past = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
         self._length = end
         return logits
+
+
+def _value(array: Any) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _session(
