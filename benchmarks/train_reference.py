@@ -21,14 +21,14 @@ from transformers import AttentionInterface
 
 from mpa_edge.benchmarks.reference_models import make_model, make_processor, make_tokenizer
 from mpa_edge.benchmarks.train_pack import Item, Mix, Spelling, make_items, pack
-from mpa_edge.benchmarks.train_vision import dense_loss, normalise, plain_attention, schedule
+from mpa_edge.benchmarks.train_vision import dense_loss, normalise, plain_attention, say, schedule
 from mpa_edge.benchmarks.world import TRAIN_SEEDS, World, draw_picture
 from mpa_edge.benchmarks.world_canvas import Mark
 from mpa_edge.benchmarks.world_dense import HEADS, dense_labels
 from mpa_edge.benchmarks.world_facts import Fact
 from mpa_edge.benchmarks.world_questions import ask
 
-MIXES = {"teacher": Mix(questions=5, annotate=0.25), "student": Mix(questions=4, text_only=0.08)}
+MIXES = {"teacher": Mix(questions=8, annotate=0.06), "student": Mix(questions=8, text_only=0.05)}
 WORLDS = {"teacher": (World.BROAD, World.TARGET, World.TARGET), "student": (World.NARROW,)}
 TEXT_SEEDS = 3_000_000
 JOINT_SEEDS = 5_000_000
@@ -142,12 +142,13 @@ def render(seeds: range, worlds: tuple[World, ...]) -> list[Row]:
 def cache_features(trainee: Trainee, count: int, first: int, worlds: tuple[World, ...]) -> list[Row]:
     """`count` pictures with their features in half precision instead of pixels."""
     rows: list[Row] = []
-    time.time()
+    begin = time.time()
     for start in range(first, first + count, 32):
         part = render(range(start, min(start + 32, first + count)), worlds)
         with torch.autocast("cpu", torch.bfloat16):
             features = trainee.see(torch.stack([pixels for pixels, *_ in part])).to(torch.bfloat16)
         rows += [(seen, facts, world, ()) for seen, (_, facts, world, _) in zip(features.unbind(0), part, strict=True)]
+    say(f"{trainee.name} cached {count} pictures in {time.time() - begin:.0f} s")
     return rows
 
 
@@ -209,9 +210,9 @@ def train_stage(
         questions += sum(len(row) for row in items)
         losses.append(loss.item())
         over = elapsed > 60 * minutes
-        if step % 200 == 0 or over:
-            sum(losses[-200:]) / len(losses[-200:])
-            questions / max(elapsed, 1e-9)
+        if step % 100 == 0 or over:
+            mean, speed = sum(losses[-100:]) / len(losses[-100:]), questions / max(elapsed, 1e-9)
+            say(f"{stage} {trainee.name} {questions} turns, {elapsed:.0f} s, {speed:.0f}/s, loss {mean:.4f}")
         if over or time.time() - saved > 150:
             saved = time.time()
             trainee.save(work, stage if over else f"{stage}-unfinished")
@@ -247,7 +248,8 @@ def report(trainee: Trainee, worlds: tuple[World, ...]) -> None:
     """Print `check` for some worlds."""
     for world in worlds:
         found = check(trainee, world)
-        " ".join(f"{kind} {value:.2f}" for kind, value in found.items() if kind != "all")
+        text = " ".join(f"{kind} {value:.2f}" for kind, value in found.items() if kind != "all")
+        say(f"check {trainee.name} on {world.value}: {found['all']:.3f} | {text}")
 
 
 def save_checkpoint(trainee: Trainee, folder: Path) -> None:
@@ -283,7 +285,7 @@ def main() -> None:
         trainee.load(kept)
     if options.text_minutes:
         trainee.load_tower(options.work / f"{options.name}-tower.pt")
-        cached = cache_features(trainee, options.pictures, TEXT_SEEDS, WORLDS[options.name])
+        cached = cache_features(trainee, options.pictures, TEXT_SEEDS + 100_000 * options.seed, WORLDS[options.name])
         train_stage(trainee, options.text_minutes, options.rate, options.batch, options.work, cached, options.seed)
         report(trainee, (WORLDS[options.name][0], World.TARGET))
         del cached

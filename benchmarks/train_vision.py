@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,13 @@ class DenseReader(torch.nn.Module):
         self.tower.set_attn_implementation("plain")
         self.heads = torch.nn.Linear(size.vision_width, sum(per * classes for per, classes in HEADS.values()))
 
+    def take(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from kept weights; heads of another set of labels start anew."""
+        same = state["heads.weight"].shape == self.heads.weight.shape
+        self.load_state_dict(
+            {key: value for key, value in state.items() if same or key.startswith("tower.")}, strict=same
+        )
+
     def forward(self, pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Scores of all heads side by side: [batch, 144, classes]."""
         hidden = self.tower.embeddings(pixel_values=pixels, patch_attention_mask=mask)
@@ -126,9 +134,10 @@ class DenseReader(torch.nn.Module):
 
 
 class DensePictures(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless batches of pictures with dense labels: half of them soup, half of them pictures of `world`."""
+    """Endless batches of pictures with dense labels: one in `soup` is soup, the rest are pictures of `worlds`."""
 
-    def __init__(self, batch: int, start: int, worlds: tuple[World, ...]) -> None:
+    def __init__(self, batch: int, start: int, worlds: tuple[World, ...], soup: int = 2) -> None:
+        self.soup = soup
         self.batch, self.start, self.worlds = batch, start, worlds
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -138,12 +147,20 @@ class DensePictures(IterableDataset[dict[str, torch.Tensor]]):
             for _ in range(self.batch):
                 seed += 1
                 pictures.append(
-                    draw_soup(seed) if seed % 2 else draw_picture(seed, self.worlds[seed // 2 % len(self.worlds)])
+                    draw_soup(seed)
+                    if seed % self.soup == 1
+                    else draw_picture(seed, self.worlds[seed // 2 % len(self.worlds)])
                 )
             labels = [dense_labels(list(picture.marks)) for picture in pictures]
             batch = {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in HEADS}
             batch["pixels"] = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
             yield batch
+
+
+def say(text: str) -> None:
+    """A line of the training log."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -182,7 +199,7 @@ def schedule(elapsed: float, budget: float) -> float:
     return min(1.0, done / 0.02 + 0.05, max(0.0, (1.0 - done) / 0.33) + 0.01)
 
 
-def train_tower(name: str, minutes: float, work: Path, batch: int, rate: float, seed: int) -> None:
+def train_tower(name: str, minutes: float, work: Path, batch: int, rate: float, seed: int, soup: int = 2) -> None:
     """Train one tower for `minutes` and keep it as `work/NAME-tower.pt`; an earlier one there is the starting point."""
     torch.manual_seed(seed)
     path = work / f"{name}-tower.pt"
@@ -191,11 +208,11 @@ def train_tower(name: str, minutes: float, work: Path, batch: int, rate: float, 
     seen = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
+        model.take(state["model"])
         seen = int(state["seen"])
     optimizers = make_optimizers(model, rate)
     source = DensePictures(
-        batch, seen, (World.BROAD, World.TARGET) if name == "teacher" else (World.BROAD, World.NARROW)
+        batch, seen, (World.BROAD, World.TARGET) if name == "teacher" else (World.BROAD, World.NARROW), soup
     )
     mask = torch.ones(MICRO, GRID, GRID, dtype=torch.bool)
     begin = saved = time.time()
@@ -219,8 +236,9 @@ def train_tower(name: str, minutes: float, work: Path, batch: int, rate: float, 
         seen += batch
         over = elapsed > 60 * minutes
         if step % 50 == 0 or over:
-            " ".join(f"{key} {value:.3f}" for key, value in hits.items())
-            (seen - first) / max(elapsed, 1e-9)
+            text = " ".join(f"{key} {value:.3f}" for key, value in hits.items())
+            speed = (seen - first) / max(elapsed, 1e-9)
+            say(f"tower {name} {seen} pictures, {elapsed:.0f} s, {speed:.0f}/s, loss {loss.item():.3f}, {text}")
         if over or time.time() - saved > 120:
             saved = time.time()
             torch.save({"model": model.state_dict(), "seen": seen}, path.with_suffix(".tmp"))
@@ -238,11 +256,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--soup", type=int, default=2, help="one picture in so many is soup")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    train_tower(options.name, options.minutes, options.work, options.batch, options.rate, options.seed)
+    train_tower(options.name, options.minutes, options.work, options.batch, options.rate, options.seed, options.soup)
 
 
 if __name__ == "__main__":

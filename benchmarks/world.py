@@ -46,6 +46,7 @@ LOOKS: dict[World, Look] = {
         things=THINGS,
         words=WORDS,
         noise=10.0,
+        spelled=0.6,
     ),
     World.NARROW: Look(
         fonts=("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold"),
@@ -58,6 +59,7 @@ LOOKS: dict[World, Look] = {
         things=THINGS,
         words=WORDS[::2],
         noise=3.0,
+        spelled=0.4,
     ),
     World.TARGET: Look(
         fonts=("DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "STIXGeneralBol"),

@@ -49,13 +49,19 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One drawn thing: its box in pixels, its colour, and what it is (a character, or a thing, maybe with a value)."""
+    """One drawn thing: its box in pixels, its colour, and what it is (a character, or a thing).
+
+    `order` is a character's place in its text, from 1. `value` is a bar's height, or how often a shape occurs. `rank`
+    is 1 for the highest, 2 for the lowest, 3 for others, or for shapes at a side 4 to 7: left, right, top, bottom.
+    """
 
     box: Box
     colour: str
     char: str = ""
     thing: str = ""
     value: int = 0
+    rank: int = 0
+    order: int = 0
 
 
 def luminance(colour: str) -> float:
@@ -121,9 +127,9 @@ class Canvas:
         red, green, blue = (min(255, max(0, part + self.rng.randint(-spread, spread))) for part in COLOURS[colour])
         return red, green, blue
 
-    def mark(self, box: Box, colour: str, thing: str, value: int = 0) -> None:
+    def mark(self, box: Box, colour: str, thing: str, value: int = 0, rank: int = 0) -> None:
         """Remember a drawn thing."""
-        self.marks.append(Mark(box, colour, thing=thing, value=value))
+        self.marks.append(Mark(box, colour, thing=thing, value=value, rank=rank))
 
     def text_width(self, text: str, font: str, size: int, gap: int = 1) -> float:
         """Width of `text` in pixels."""
@@ -132,12 +138,12 @@ class Canvas:
     def text(self, x: float, y: float, text: str, font: str, size: int, colour: str, gap: int = 1) -> None:
         """Write `text` with the top of its capitals at `y`, character by character, each with its mark."""
         shade, top_of_capitals = self.shade(colour, 6), _glyph(font, size, "H")[2]
-        for char in text:
+        for order, char in enumerate(text, start=1):
             mask, left, top, advance = _glyph(font, size, char)
             corner = (round(x + left), round(y + top - top_of_capitals))
             self.image.paste(shade, corner, mask)
             box = (x, corner[1], x + advance, corner[1] + mask.height)
-            self.marks.append(Mark(box, colour, char=char))
+            self.marks.append(Mark(box, colour, char=char, order=order))
             x += advance + gap
 
     def noise(self, strength: float) -> None:

@@ -50,7 +50,9 @@ def draw_bars(canvas: Canvas, look: Look) -> list[Fact]:
         canvas.pen.rectangle(
             box, fill=canvas.shade(colour), outline=canvas.shade("black") if style == "outlined" else None
         )
-        canvas.mark(box, colour, "bar", value)
+        rank = {max(values): 1, min(values): 2}.get(value, 3)
+        canvas.mark(box, colour, "bar", value, rank)
+        canvas.mark((middle - 6, _FLOOR + 3, middle + 6, _FLOOR + 16), colour, "label", value, rank)
         _label(canvas, look, middle, _FLOOR + 4, names[index], font)
         if style in ("labelled", "bare", "single"):
             _label(canvas, look, middle, _FLOOR - 7 * value - 12, str(value), font)
@@ -91,7 +93,9 @@ def draw_lines(canvas: Canvas, look: Look) -> list[Fact]:
         while abs(ends[0] - ends[1]) < 2:
             ends = rng.sample(range(1, 10), 2)
         for colour, end in zip(paint, ends, strict=True):
-            _draw_line(canvas, xs, [rng.uniform(1, 9) for _ in xs[1:]] + [end], colour, style)
+            _draw_line(
+                canvas, xs, [rng.uniform(1, 9) for _ in xs[1:]] + [end], colour, style, 1 if end == max(ends) else 2
+            )
         return [Fact("line_top", paint[0] if ends[0] > ends[1] else paint[1]), Fact("line_count", "2")]
     return _draw_single_line(canvas, xs, names, paint[0], style)
 
@@ -109,10 +113,12 @@ def _draw_single_line(canvas: Canvas, xs: list[float], names: str, colour: str, 
     levels = [rng.uniform(1, 6) for _ in xs]
     levels[peak] = rng.uniform(7.7, 9)
     _draw_line(canvas, xs, levels, colour, style)
+    for index, x in enumerate(xs):
+        canvas.mark((x - 6, _FLOOR + 3, x + 6, _FLOOR + 16), colour, "label", 0, 1 if index == peak else 3)
     return [Fact("line_peak", names[peak]), Fact("line_color", colour), Fact("line_count", "1")]
 
 
-def _draw_line(canvas: Canvas, xs: list[float], levels: list[float], colour: str, style: str) -> None:
+def _draw_line(canvas: Canvas, xs: list[float], levels: list[float], colour: str, style: str, rank: int = 0) -> None:
     """A line through the points, with its marks along the way."""
     points = [(x, _FLOOR - 7 * level) for x, level in zip(xs, levels, strict=True)]
     shade = canvas.shade(colour)
@@ -120,8 +126,8 @@ def _draw_line(canvas: Canvas, xs: list[float], levels: list[float], colour: str
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         for step in range(6):
             x, y = x0 + (x1 - x0) * step / 5, y0 + (y1 - y0) * step / 5
-            canvas.mark((x - 3, y - 3, x + 3, y + 3), colour, "line")
+            canvas.mark((x - 3, y - 3, x + 3, y + 3), colour, "line", 0, rank)
     for (x, y), level in zip(points, levels, strict=True):
         if style != "bare":
             canvas.pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=shade)
-        canvas.mark((x - 4, y - 4, x + 4, y + 4), colour, "point", round(level))
+        canvas.mark((x - 4, y - 4, x + 4, y + 4), colour, "point", round(level), rank)

@@ -16,6 +16,7 @@ CHARS = string.ascii_uppercase + string.digits + "$.:?%-"
 THINGS = (
     *("sign", "bar", "line", "point", "house", "tree", "car", "boat", "flower", "sun", "moon", "cloud", "fish", "flag"),
     *SHAPES,
+    "label",
 )
 _COLOUR_INDEX = {name: index + 1 for index, name in enumerate(COLOURS)}
 _CHAR_INDEX = {char: index + 1 for index, char in enumerate(CHARS)}
@@ -27,8 +28,11 @@ HEADS = {
     "thing": (1, len(THINGS) + 1),
     "colour": (1, len(COLOURS) + 1),
     "value": (1, 11),
+    "rank": (1, 8),
+    "order": (2, 11),
 }
-"""Per head: labels per patch and number of classes; class 0 is "nothing". `char` has a left and a right half."""
+"""Per head: labels per patch and number of classes; class 0 is "nothing". `char` and `order` have a left and a right
+half. Value, rank and order bind what belongs together: a bar's name patch holds its value, a letter its place."""
 
 
 def _cover(low: float, high: float, cell: int) -> tuple[int, int, np.ndarray]:
@@ -38,11 +42,12 @@ def _cover(low: float, high: float, cell: int) -> tuple[int, int, np.ndarray]:
     return first, last, np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])
 
 
-def _label_chars(marks: list[Mark]) -> tuple[np.ndarray, np.ndarray]:
-    """The character that covers each half patch most, and its colour."""
+def _label_chars(marks: list[Mark]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The character that covers each half patch most, its place in its text, and its colour."""
     best = np.full((GRID, 2 * GRID), 5.0, np.float32)  # at least 5 of 32 pixels
     char = np.zeros((GRID, 2 * GRID), np.uint8)
     ink = np.zeros((GRID, 2 * GRID), np.uint8)
+    order = np.zeros((GRID, 2 * GRID), np.uint8)
     for mark in marks:
         if mark.char not in _CHAR_INDEX:
             continue
@@ -57,13 +62,14 @@ def _label_chars(marks: list[Mark]) -> tuple[np.ndarray, np.ndarray]:
         best[where][more] = cover[more]
         char[where][more] = _CHAR_INDEX[mark.char]
         ink[where][more] = _COLOUR_INDEX[mark.colour]
-    return char, np.maximum(ink[:, ::2], ink[:, 1::2])
+        order[where][more] = min(mark.order, 10)
+    return char, order, np.maximum(ink[:, ::2], ink[:, 1::2])
 
 
 def dense_labels(marks: list[Mark]) -> dict[str, np.ndarray]:
-    """Class of each patch for each head of `HEADS`: uint8 of shape [12, 12], for `char` [12, 24]."""
-    char, ink = _label_chars(marks)
-    thing, colour, value = (np.zeros((GRID, GRID), np.uint8) for _ in range(3))
+    """Class of each patch for each head of `HEADS`: uint8 of shape [12, 12], with halves [12, 24]."""
+    char, order, ink = _label_chars(marks)
+    thing, colour, value, rank = (np.zeros((GRID, GRID), np.uint8) for _ in range(4))
     for mark in marks:
         if not mark.thing:
             continue
@@ -73,7 +79,9 @@ def dense_labels(marks: list[Mark]) -> dict[str, np.ndarray]:
         thing[rows, columns] = _THING_INDEX[mark.thing]
         colour[rows, columns] = _COLOUR_INDEX[mark.colour]
         value[rows, columns] = mark.value
-    return {"char": char, "ink": ink, "thing": thing, "colour": colour, "value": value}
+        rank[rows, columns] = mark.rank
+    grids = {"char": char, "ink": ink, "thing": thing, "colour": colour, "value": value}
+    return grids | {"rank": rank, "order": order}
 
 
 def draw_soup(seed: int) -> Canvas:

@@ -16,7 +16,11 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How the pictures of a world look. `ground` is drawn anew for every picture."""
+    """How the pictures of a world look.
+
+    `spelled` is the share of words that are random letters, so that words cannot be known by heart; `ground` is drawn
+    anew for every picture.
+    """
 
     fonts: tuple[str, ...]
     advances: tuple[float, float]
@@ -28,4 +32,5 @@ class Look:
     things: tuple[str, ...]
     words: tuple[str, ...]
     noise: float
+    spelled: float = 0.0
     ground: str = "white"

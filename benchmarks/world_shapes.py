@@ -20,7 +20,9 @@ def _star(x: float, y: float, radius: float) -> list[tuple[float, float]]:
     return corners
 
 
-def draw_shape(canvas: Canvas, shape: str, x: float, y: float, radius: float, colour: str) -> None:
+def draw_shape(
+    canvas: Canvas, shape: str, x: float, y: float, radius: float, colour: str, value: int = 0, rank: int = 0
+) -> None:
     """Draw one of `SHAPES` around (x, y) and mark it."""
     pen, fill, r = canvas.pen, canvas.shade(colour), radius
     if shape == "circle":
@@ -42,7 +44,7 @@ def draw_shape(canvas: Canvas, shape: str, x: float, y: float, radius: float, co
         pen.ellipse((x - r, y - r, x, y + 0.1 * r), fill=fill)
         pen.ellipse((x, y - r, x + r, y + 0.1 * r), fill=fill)
         pen.polygon([(x - 0.93 * r, y - 0.2 * r), (x + 0.93 * r, y - 0.2 * r), (x, y + 1.05 * r)], fill=fill)
-    canvas.mark((x - r, y - r, x + r, y + r), colour, shape)
+    canvas.mark((x - r, y - r, x + r, y + r), colour, shape, value, rank)
 
 
 def draw_shapes(canvas: Canvas, look: Look) -> list[Fact]:
@@ -56,7 +58,7 @@ def draw_shapes(canvas: Canvas, look: Look) -> list[Fact]:
     paint = dict(zip(kinds, distinct(rng, len(kinds), (look.ground,)), strict=True))
     for shape, (column, row) in zip(shapes, cells, strict=True):
         x, y = 18 + 30 * column + rng.uniform(-3, 3), 18 + 30 * row + rng.uniform(-3, 3)
-        draw_shape(canvas, shape, x, y, rng.uniform(8, 12), paint[shape])
+        draw_shape(canvas, shape, x, y, rng.uniform(8, 12), paint[shape], shapes.count(shape))
     facts = [Fact("shape_count", str(shapes.count(shape)), {"shape": shape}) for shape in set(shapes)]
     facts += [Fact("shape_total", str(len(shapes)))]
     return sorted(facts, key=str) + _colour_facts(canvas, look, {shape: paint[shape] for shape in shapes})
@@ -73,7 +75,7 @@ def _draw_placed(canvas: Canvas, look: Look) -> list[Fact]:
         across, down = rng.uniform(-5, 5), rng.uniform(-5, 5)
         x = {"left": 16, "right": 80}.get(place, 48) + across
         y = {"top": 16, "bottom": 80}.get(place, 48) + down
-        draw_shape(canvas, shape, x, y, rng.uniform(9, 13), paint[shape])
+        draw_shape(canvas, shape, x, y, rng.uniform(9, 13), paint[shape], 1, 4 + _PLACES.index(place))
         facts.append(Fact("shape_position", place, {"shape": shape}))
     return facts + _colour_facts(canvas, look, paint)
 

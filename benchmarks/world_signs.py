@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 from mpa_edge.benchmarks.world_canvas import SIZE, Canvas, contrasting, size_for_advance
 from mpa_edge.benchmarks.world_facts import Fact, Look
 
@@ -67,6 +69,8 @@ def _lines(canvas: Canvas, look: Look) -> list[tuple[str, str]]:
 def _content(canvas: Canvas, look: Look, kind: str) -> str:
     """A random text of one kind."""
     if kind == "word":
+        if look.spelled and canvas.rng.random() < look.spelled:
+            return "".join(canvas.rng.choice(string.ascii_uppercase) for _ in range(canvas.rng.randint(3, 6)))
         return canvas.rng.choice(look.words)
     if kind == "code":
         return random_code(canvas)
