@@ -6,19 +6,19 @@ like a bundle, and an older bundle stays until the new one is whole.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from mpa_edge.bundle import Bundle, File, describe_file, write_bundle
-from mpa_edge.errors import MissingExtra
+from mpa_edge.errors import require
 from mpa_edge.export.families import family_of, read_config
 from mpa_edge.export.merged import Merged, Progress, open_source
 from mpa_edge.export.quants import Format, checked
 from mpa_edge.export.samples import run_questions, synthetic_questions
 from mpa_edge.export.workshop import Workshop
+from mpa_edge.processors import load_processor
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.vlm import Decoding
 
@@ -49,18 +49,12 @@ def export(
     `ExportError` when a check fails; nothing that failed a check is kept.
     """
     quants = checked(format, quants)
-    _require_libraries(format)
+    require("export", LIBRARIES[format])
     with _no_progress_bars():
         merged = open_source(Path(source), out, progress)
         family_of(read_config(merged.folder))
         with Workshop(merged.root) as workshop:
             return _build(merged, format, quants, workshop, samples, progress)
-
-
-def _require_libraries(format: Format) -> None:
-    for library in LIBRARIES[format]:
-        if importlib.util.find_spec(library) is None:
-            raise MissingExtra(library, "export")
 
 
 @contextmanager
@@ -136,12 +130,10 @@ class _Settings:
     """What the manifest says about pictures and prompts, from the merged model's own files."""
 
     def __init__(self, merged: Merged) -> None:
-        from transformers import AutoProcessor
-
         self._merged = merged
         config = read_config(merged.folder)
         family = family_of(config)
-        processor = AutoProcessor.from_pretrained(merged.folder)
+        processor = load_processor(merged.folder)
         task = merged.task
         template, most = (task.question_template, task.max_new_tokens) if task else ("{question}", 32)
         self.family = family.name

@@ -19,10 +19,11 @@ from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from mpa_edge.errors import ExportError, ModelError
 from mpa_edge.models import base_of
+from mpa_edge.processors import load_processor
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What makes a model folder besides its weights.
@@ -156,7 +157,7 @@ def check_files(folder: Path) -> dict[str, Any]:
     if not (folder / "tokenizer.json").is_file():
         raise ExportError(f"{folder} has no tokenizer.json")
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = load_processor(folder)
     except Exception as error:  # transformers raises whatever it trips over
         raise ExportError(f"{folder}: the processor cannot be loaded ({error})") from error
     if not hasattr(processor, "image_processor"):
@@ -190,7 +191,7 @@ def probe_of(folder: Path) -> dict[str, torch.Tensor]:
     """A drawn picture with a question, as the model's inputs."""
     x, y = np.meshgrid(np.arange(160), np.arange(120))
     pixels = np.stack([x * 255 // 159, y * 255 // 119, (x // 20 + y // 20) % 2 * 255], axis=-1)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     image = Image.fromarray(pixels.astype(np.uint8))

@@ -18,7 +18,7 @@ from mpa_edge.audit import write_audit
 from mpa_edge.collapse import collapse
 from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import Skipped, scan_images
-from mpa_edge.errors import FingerprintMismatch, InputError, RunError
+from mpa_edge.errors import FingerprintMismatch, InputError, RunError, require
 from mpa_edge.identify import identify
 from mpa_edge.models import ADAPTER, open_vlm
 from mpa_edge.parts import compare_fingerprints, read_parts
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 PAIR_SHARE = 0.05
 # Settings that may differ when a run goes on.
 NOT_SHAPING = ("images", "teacher", "student", "out", "fresh", "batch_size", "device")
+
+
+# What the last stage needs is asked for before the first one starts.
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "rapidfuzz")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def align(config: AlignConfig) -> AlignResult:
     run's folder, `FingerprintMismatch` when that holds the work of other settings, and `RunError` when the models leave
     too little to train on.
     """
+    require("align", LIBRARIES)
     task_named(config.task)
     _check_student(config.student)
     options: dict[str, Any] = {"device": config.device, "dtype": config.dtype, "batch_size": config.batch_size}

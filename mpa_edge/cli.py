@@ -83,7 +83,7 @@ def align(
     images: Annotated[Path, typer.Option(help="Folder of unlabeled pictures, a glob, or a list with one path a line.")],
     teacher: Annotated[str, typer.Option(help="The large model: a folder, a hub id, or a bundle.")],
     student: Annotated[str, typer.Option(help="The small model to deploy: a folder or a hub id.")],
-    task: Annotated[str, typer.Option(help="What to ask about: sets prompts, answer rule and metric.")],
+    task: Annotated[str, typer.Option(help="textvqa, stvqa, chartqa, okvqa or reference: prompts, rules and metric.")],
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/TASK-STUDENT")] = None,
     limit: Annotated[int | None, typer.Option(help="Use the first N pictures only.")] = None,
     questions: Annotated[int | None, typer.Option(help="Questions per picture.", show_default="1")] = None,
@@ -200,7 +200,10 @@ def bench(
     baseline: Annotated[
         list[str] | None, typer.Option(help="teacher=MODEL, student=MODEL or aligned=ADAPTER; repeat for several.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N questions only.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What the questions are put and scored as.", show_default="the bundles' own")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask a stratified sample of N questions.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per variant. Default: all cores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
@@ -209,7 +212,14 @@ def bench(
     from mpa_edge.benchmarks.bench import bench as run_bench
 
     config = BenchConfig(
-        bundles=bundles, baselines=baseline or [], data=data, report=report, limit=limit, threads=threads, seed=seed
+        bundles=bundles,
+        baselines=baseline or [],
+        data=data,
+        report=report,
+        task=task,
+        limit=limit,
+        threads=threads,
+        seed=seed,
     )
     with _resumable():
         typer.echo(f"report: {run_bench(config).with_suffix('.html')}")

@@ -17,6 +17,7 @@ The command line prints these as one clean line and exits with 1. Anything else 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RunError",
     "RunLocked",
     "UnknownFamily",
+    "require",
 ]
 
 
@@ -101,3 +103,10 @@ class MissingExtra(MpaEdgeError, ImportError):
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f'{module} is not installed. Run: pip install "mpa-edge[{extra}]"')
         self.extra = extra
+
+
+def require(extra: str, modules: Iterable[str]) -> None:
+    """Raise `MissingExtra` for the first of these modules that is not installed; imports none of them."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtra(module, extra)

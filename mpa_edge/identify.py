@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpa_edge.answers import metric_named
+from mpa_edge.answers import RULES, metric_named
 from mpa_edge.asking import ask
 from mpa_edge.config import Match
 from mpa_edge.parts import Advance, run_parts
@@ -47,6 +47,7 @@ def identify(
         "prompt": task.question_template,
         "max_new_tokens": task.max_new_tokens,
         "metric": metric,
+        "rules": RULES,
         "right": RIGHT,
     }
     run_parts(

@@ -92,9 +92,10 @@ def compare_fingerprints(folder: Path, old: Mapping[str, Any], new: Mapping[str,
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files that a killed process left behind."""
+    """Delete the temporary files that a killed process left behind; folders are an export's, which sweeps its own."""
     for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
 
 
 def digest_of_rows(rows: Sequence[Record]) -> str:

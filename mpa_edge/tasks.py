@@ -28,6 +28,9 @@ class Task:
         return self.question_template.replace("{question}", question)
 
 
+SHORT = "{question}\nAnswer the question using a single word or phrase."
+FORM = "Reply in the form:\nQuestion: ...\nAnswer: ..."
+
 TASKS = {
     task.name: task
     for task in (
@@ -38,6 +41,42 @@ TASKS = {
             metric="exact_match",
             max_new_tokens=12,
             max_answer_words=4,
+        ),
+        Task(
+            name="textvqa",
+            annotate_prompt="Write one question that can only be answered by reading text in this picture (a sign, a "
+            f"label, a screen, a number), and its answer in at most three words, as printed. {FORM}",
+            question_template=SHORT,
+            metric="vqa_accuracy",
+            max_new_tokens=32,
+            max_answer_words=5,
+        ),
+        Task(
+            name="stvqa",
+            annotate_prompt="Write one question about a text that is visible in this scene, such that the text itself "
+            f"is the answer, and give that text letter by letter. {FORM}",
+            question_template=SHORT,
+            metric="anls",
+            max_new_tokens=32,
+            max_answer_words=8,
+        ),
+        Task(
+            name="chartqa",
+            annotate_prompt="Write one question about this chart: look up a value, compare two, find the highest or "
+            f"the lowest, describe a trend, or compute a difference. Answer with a number or a label only. {FORM}",
+            question_template=SHORT,
+            metric="relaxed_accuracy",
+            max_new_tokens=32,
+            max_answer_words=5,
+        ),
+        Task(
+            name="okvqa",
+            annotate_prompt="Write one question about this picture whose answer needs knowledge of the world that the "
+            f"picture does not show, and its answer in one to three words. {FORM}",
+            question_template=SHORT,
+            metric="vqa_accuracy",
+            max_new_tokens=32,
+            max_answer_words=3,
         ),
     )
 }

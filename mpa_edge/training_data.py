@@ -46,7 +46,7 @@ def read_examples(path: Path) -> list[Example]:
     """The examples of a training set such as `parity.jsonl`; picture paths are relative to its folder. `RunError` where
     a row cannot be read."""
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             row = json.loads(line)
             user, assistant = row["messages"]

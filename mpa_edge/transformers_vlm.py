@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationConfig
+from transformers import AutoModelForImageTextToText, BatchFeature, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from mpa_edge.digests import digest_of_adapter, digest_of_folder
 from mpa_edge.errors import InputError, ModelError
 from mpa_edge.phases import Phases
 from mpa_edge.plain_text import PlainText, insert_left_padded
+from mpa_edge.processors import load_processor
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
 from mpa_edge.sampling import RowSampling, seed_of
 
@@ -73,7 +74,7 @@ class TransformersVlm:
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 spec, dtype=_dtype(dtype, place), use_safetensors=True
             )
-            processor = AutoProcessor.from_pretrained(spec)
+            processor = load_processor(spec)
             if adapter is not None:
                 model = _with_adapter(model, adapter)
         except Exception as error:  # transformers and peft raise whatever they trip over
@@ -135,6 +136,9 @@ class TransformersVlm:
         prompt = template([user], add_generation_prompt=True)
         whole = template([user, assistant], add_generation_prompt=False)
         text = whole[len(prompt) :] if whole.startswith(prompt) else answer
+        if self._plain.holds_added_tokens(answer):
+            # The template sets an answer off with white space at most; the stop token follows it.
+            return [*self._plain.encode(text.partition(answer)[0] + answer), self._stops[0]]
         ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         stop = next((place for place, token in enumerate(ids) if token in self._stops), None)
         return [*ids, self._stops[0]] if stop is None else ids[: stop + 1]
@@ -179,6 +183,9 @@ class TransformersVlm:
         except torch.OutOfMemoryError as error:
             if len(images) == 1:
                 return [Answer("", finish_reason="error", error=f"out of memory: {_first_line(error)}")]
+        except torch.AcceleratorError as error:
+            # The device is in an unknown state: every further answer would fail too, and none of them for its own sake.
+            raise ModelError(f"{self.name}: {_first_line(error)}") from error
         except (ValueError, RuntimeError) as error:
             # One pair that a processor or model refuses must not take the others of its batch with it.
             if len(images) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from mpa_edge.cli import app
 from mpa_edge.config import AlignConfig
+from mpa_edge.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = typer.main.get_command(app).commands
@@ -42,6 +44,13 @@ def test_the_defaults_that_help_shows_are_the_settings_own() -> None:
         "seed",
     ):
         assert shown[name] == str(AlignConfig.model_fields[name].default), name
+
+
+def test_every_task_in_an_example_exists() -> None:
+    texts = [(ROOT / "README.md").read_text(), *(command.epilog or "" for command in COMMANDS.values())]
+    named = {name for text in texts for name in re.findall(r"--task (\w+)", text)}
+    assert named
+    assert named <= TASKS.keys()
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError, RunLocked
-from mpa_edge.parts import digest_of_rows, open_stage, part_path, read_parts, run_parts
+from mpa_edge.parts import digest_of_rows, open_stage, part_path, read_parts, run_parts, sweep
 from mpa_edge.records import Sample
 from mpa_edge.run_folder import RunFolder
 
@@ -65,6 +65,12 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     torn.write_text('{"id": "s0')
     open_stage(tmp_path / "s", {"a": 1})
     assert not torn.exists()
+
+
+def test_a_folder_that_an_export_is_making_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".merged.1.tmp" / "weights").mkdir(parents=True)
+    sweep(tmp_path)
+    assert (tmp_path / ".merged.1.tmp" / "weights").is_dir()
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:

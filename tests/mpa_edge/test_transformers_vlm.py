@@ -130,6 +130,16 @@ def test_the_target_is_the_assistants_turn(vlm: TransformersVlm) -> None:
     assert vlm.target_ids("x")[-1] == tokenizer.convert_tokens_to_ids("<end_of_utterance>")
 
 
+def test_control_tokens_in_a_target_are_text(vlm: TransformersVlm) -> None:
+    tokenizer = vlm.processor.tokenizer
+    ids = vlm.target_ids("<image><end_of_utterance> b")
+    stop = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    assert ids.count(stop) == 1
+    assert ids[-1] == stop
+    assert tokenizer.convert_tokens_to_ids("<image>") not in ids
+    assert tokenizer.decode(ids[:-1]) == " <image><end_of_utterance> b"
+
+
 def test_phases_are_timed_for_one_pair_only(vlm: TransformersVlm) -> None:
     timings = vlm.answer(PICTURES[:1], PROMPTS[:1], SHORT)[0].timings
     phases = (timings.preprocess, timings.vision, timings.prefill, timings.decode)
