@@ -224,10 +224,26 @@ json_values = st.recursive(
         st.lists(values, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                (
-                    "data questions annotations question_types question_id image_id imgname image file_path qas query "
-                    "label question answers answer id kind split"
-                ).split()
+                [
+                    "data",
+                    "questions",
+                    "annotations",
+                    "question_types",
+                    "question_id",
+                    "image_id",
+                    "imgname",
+                    "image",
+                    "file_path",
+                    "qas",
+                    "query",
+                    "label",
+                    "question",
+                    "answers",
+                    "answer",
+                    "id",
+                    "kind",
+                    "split",
+                ]
             ),
             values,
             max_size=5,
