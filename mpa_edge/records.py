@@ -91,8 +91,7 @@ def read_rows(path: Path, row: type[Row]) -> Iterator[Row]:
 def write_rows(path: Path, rows: Iterable[Record | dict[str, Any]]) -> int:
     """Write rows as JSONL, whole or not at all, and return their number."""
     lines = [
-        json.dumps(row if isinstance(row, dict) else row.to_json(), ensure_ascii=False, allow_nan=False)
-        for row in rows
+        json.dumps(row if isinstance(row, dict) else row.to_json(), ensure_ascii=False, allow_nan=False) for row in rows
     ]
     write_atomic(path, "".join(line + "\n" for line in lines))
     return len(lines)
