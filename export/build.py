@@ -141,7 +141,7 @@ class _Settings:
         self.prompt = family.prompt_settings(config, processor, template, most)
 
     def reference(self, samples: int) -> Any:
-        """The merged model's answers to the run's own questions, or to drawn ones where there is no run."""
+        """The merged model's answers to the run's own questions; where there are too few, to drawn ones as well."""
         from mpa_edge.export.verify import ask_reference
         from mpa_edge.transformers_vlm import TransformersVlm
 
@@ -149,7 +149,8 @@ class _Settings:
         model = TransformersVlm.load(str(self._merged.folder), device="cpu", dtype="float32")
         try:
             decoding = Decoding(max_new_tokens=min(self.prompt.max_new_tokens, 32))
-            return ask_reference(model, questions or synthetic_questions(samples), decoding)
+            drawn = synthetic_questions(samples - len(questions))
+            return ask_reference(model, [*questions, *drawn], decoding, drawn=len(drawn))
         finally:
             model.close()
 

@@ -54,11 +54,22 @@ def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None) -> 
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: OMP_NUM_THREADS where that is set, as other numeric libraries have it."""
+    """The cores that this process may use: OMP_NUM_THREADS where that is set, as other numeric libraries have it, else
+    those of its affinity mask, or fewer where its container has a quota."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _quota(Path("/sys/fs/cgroup/cpu.max")) or cores)
+
+
+def _quota(path: Path) -> int | None:
+    """The whole cores that a cgroup may use ("200000 100000" is two), None without a limit."""
+    try:
+        quota, period = path.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return None
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -250,3 +250,14 @@ def test_a_file_that_is_no_tokenizer(tmp_path: Path, manifest: Any) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="no tokenizer"):
         runtime._tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"), [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None), ("", None)]
+)
+def test_a_containers_quota_bounds_the_threads(content: str, cores: int | None, tmp_path: Path) -> None:
+    from mpa_edge.runtime import _quota
+
+    (tmp_path / "cpu.max").write_text(content)
+    assert _quota(tmp_path / "cpu.max") == cores
+    assert _quota(tmp_path / "gone") is None
