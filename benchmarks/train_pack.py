@@ -15,7 +15,7 @@ import torch
 
 from mpa_edge.benchmarks.reference_models import IMAGE_TOKENS
 from mpa_edge.benchmarks.world_facts import Fact
-from mpa_edge.benchmarks.world_questions import ask
+from mpa_edge.benchmarks.world_questions import Question, ask, phrase
 from mpa_edge.tasks import task_named
 
 ANNOTATE = task_named("reference").annotate_prompt
@@ -53,11 +53,17 @@ class Spelling:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What a row holds: questions per picture, shares of annotator turns and of texts without the picture."""
+    """What a row holds: questions per picture, shares of annotator turns (always in the target domain's phrasings), of
+    texts without the picture, and of questions about `HARD` kinds."""
 
     questions: int = 4
     annotate: float = 0.0
     text_only: float = 0.0
+    hard: float = 0.0
+
+
+HARD = ("bar_value", "bar_compare", "bar_color", "shape_count", "shape_presence", "read_code", "read_number")
+"""Kinds that are learned last; a share `hard` of the questions is about them where the picture allows."""
 
 
 @dataclass(slots=True)
@@ -69,6 +75,12 @@ class Item:
     sees_picture: bool = True
 
 
+def _study(facts: tuple[Fact, ...], rng: random.Random, world: str, hard: float) -> Question:
+    """A question to train on: more often about hard kinds than the world asks them."""
+    found = [fact for fact in facts if fact.kind in HARD]
+    return phrase(rng.choice(found), rng, world) if found and rng.random() < hard else ask(facts, rng, world)
+
+
 def make_items(facts: tuple[Fact, ...], world: str, spelling: Spelling, mix: Mix, rng: random.Random) -> list[Item]:
     """Random turns about a picture of `world`."""
     items = []
@@ -77,8 +89,9 @@ def make_items(facts: tuple[Fact, ...], world: str, spelling: Spelling, mix: Mix
         if draw < mix.text_only:
             items.append(Item(*spelling.text_only(ask(facts, rng, "broad").text), sees_picture=False))
             continue
-        question = ask(facts, rng, world)
-        if draw < mix.text_only + mix.annotate:
+        writes = draw < mix.text_only + mix.annotate
+        question = _study(facts, rng, "target" if writes else world, 0.0 if writes else mix.hard)
+        if writes:
             items.append(Item(*spelling.exchange(ANNOTATE, f"Question: {question.text} Answer: {question.answer}")))
         else:
             items.append(Item(*spelling.exchange(question.text, question.answer)))

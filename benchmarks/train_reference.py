@@ -1,7 +1,7 @@
-"""The reference pair's whole training: dense stage, text stage on cached features, short joint stage.
+"""The reference pair's training after the dense stage: text stage on cached features, and a joint stage if wanted.
 
     python -m mpa_edge.benchmarks.train_vision teacher --minutes 22
-    python -m mpa_edge.benchmarks.train_reference teacher --text-minutes 14 --joint-minutes 12
+    python -m mpa_edge.benchmarks.train_reference teacher --text-minutes 40 --out benchmarks/reference/teacher
 
 The tower comes from `WORK/NAME-tower.pt`; an earlier `WORK/NAME.pt` is the starting point of what follows.
 """
@@ -28,7 +28,7 @@ from mpa_edge.benchmarks.world_dense import HEADS, dense_labels
 from mpa_edge.benchmarks.world_facts import Fact
 from mpa_edge.benchmarks.world_questions import ask
 
-MIXES = {"teacher": Mix(questions=8, annotate=0.06), "student": Mix(questions=8, text_only=0.05)}
+MIXES = {"teacher": Mix(questions=8, annotate=0.12, hard=0.3), "student": Mix(questions=8, text_only=0.05)}
 WORLDS = {"teacher": (World.BROAD, World.TARGET, World.TARGET), "student": (World.NARROW,)}
 TEXT_SEEDS = 3_000_000
 JOINT_SEEDS = 5_000_000
@@ -266,12 +266,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("name", choices=sorted(MIXES))
-    parser.add_argument("--text-minutes", type=float, default=14.0)
-    parser.add_argument("--joint-minutes", type=float, default=12.0)
+    parser.add_argument("--text-minutes", type=float, default=20.0)
+    parser.add_argument("--joint-minutes", type=float, default=0.0)
     parser.add_argument("--pictures", type=int, default=24000)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--joint-rate", type=float, default=6e-4)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/reference"))
