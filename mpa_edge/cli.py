@@ -231,12 +231,13 @@ def bench(
 )
 def demo(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.")] = False,
 ) -> None:
     """The whole road on the reference pair, offline: align, export, bench, report. Ten minutes on two cores."""
     from mpa_edge.demo import demo as run_demo
 
     with _resumable():
-        typer.echo(f"report: {run_demo(out).with_suffix('.html')}")
+        typer.echo(f"report: {run_demo(out, fresh=fresh).with_suffix('.html')}")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ The pictures for alignment carry no labels. The labelled test is written before 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ from rich.console import Console
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.config import AlignConfig
 from mpa_edge.digests import digest_of_adapter
-from mpa_edge.errors import BundleError, InputError
+from mpa_edge.errors import BundleError, InputError, require
 from mpa_edge.records import write_atomic
 
+# One library of each extra; without them the demo would stop in the middle.
+LIBRARIES = ("torch", "transformers", "peft", "rapidfuzz", "matplotlib", "gguf", "onnx", "onnxruntime", "llama_cpp")
 PICTURES = 1500
 QUESTIONS = 1500
 TIMED = 50
@@ -62,6 +65,7 @@ def demo(
     student: Path | None = None,
     bundles: dict[Literal["gguf", "onnx"], tuple[str, ...]] | None = None,
     settings: dict[str, Any] | None = None,
+    fresh: bool = False,
     threads: int | None = None,
     console: Console | None = None,
 ) -> Path:
@@ -69,17 +73,21 @@ def demo(
 
     `out` becomes a run folder with the pictures, the bundles and the report in it. What is done is not done again, so
     a second call ends in seconds and an interrupted one goes on. The models are the reference pair by default;
-    `settings` are fields of `AlignConfig`. Raises `InputError` where the reference pair is not installed.
+    `settings` are fields of `AlignConfig`; `fresh` starts over. Raises `InputError` where the reference pair is not
+    installed.
     """
+    require("all", LIBRARIES)
     from mpa_edge.benchmarks import reference
 
     teacher, student = teacher or reference.TEACHER, student or reference.STUDENT
     for folder in (teacher, student):
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} holds no model: the reference pair is not installed")
+    if fresh:
+        clear(out)
     steps = Steps(console or Console(), of=4)
     quants = bundles or BUNDLES
-    given = {"images": out / "pictures", "out": out, "teacher": str(teacher), "student": str(student)}
+    given = {"images": out / "pictures", "out": out, "teacher": str(teacher), "student": str(student), "fresh": fresh}
     config = AlignConfig(**given | {"task": "reference"} | (settings or {}))
     with steps.step("pictures", f"{pictures:,} without labels, and {questions:,} with, for the benchmark alone"):
         write_pictures(out, pictures, questions)
@@ -95,6 +103,14 @@ def demo(
         path = measure(out, teacher, student, result.adapter, folders, threads)
     show(steps, path)
     return path
+
+
+def clear(out: Path) -> None:
+    """Delete what a demo put beside its run; the run's own stages are cleared by `align`."""
+    for name in ("pictures.json", "merged.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("pictures", "test", "merged", "bundles", "report"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def write_pictures(out: Path, pictures: int, questions: int) -> None:
