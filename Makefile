@@ -22,7 +22,7 @@ lint: env
 
 # mypy reads an installed copy: in the tree, the folders are not where their import names say.
 types: env
-	rm -rf .typecheck && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target .typecheck .
+	rm -rf .typecheck build && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target .typecheck .
 	cd .typecheck && ../$(BIN)/python -m mypy --config-file ../pyproject.toml -p mpa_edge
 
 env: $(STAMP)

@@ -189,6 +189,6 @@ def raw_rows(items: Sequence[Item], scored: Sequence[Scored], measured: dict[str
                 answer = answers[item.ask.key].to_json()
                 rows.append({"variant": name, "part": "accuracy", **about, "score": value, **answer})
         for row in measured[name].latency:
-            about = {"id": by_key[row.key].id} if row.key in by_key else {"id": None}
-            rows.append({"variant": name, "part": "latency", **about, **row.to_json()})
+            known = by_key.get(row.key)
+            rows.append({"variant": name, "part": "latency", "id": known.id if known else None, **row.to_json()})
     return rows

@@ -81,6 +81,7 @@ def size_of(path: str) -> tuple[int, int] | None:
     """Width and height from the file's header; None for a file that is no picture."""
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
+            return int(width), int(height)
     except OSError:
         return None

@@ -140,8 +140,8 @@ def comparison(a: Scored, b: Scored, against: str, seed: int) -> dict[str, Any]:
 def gap_closed(entries: Sequence[dict[str, Any]], of: dict[str, Any] | None) -> float | None:
     """(x - student) / (teacher - student); None without the three, or where the teacher is not ahead."""
     teacher, student = (first(entries, step) for step in ("teacher", "student"))
-    values = [one["accuracy"]["value"] if one else None for one in (of, student, teacher)]
-    if any(value is None for value in values):
+    values = [one["accuracy"]["value"] for one in (of, student, teacher) if one]
+    if len(values) < 3 or None in values:
         return None
     x, low, high = values
     return round((x - low) / (high - low), 5) if high > low else None

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from mpa_edge.bundle import MANIFEST, Bundle, read_bundle, sha256_of
 from mpa_edge.digests import digest_of_adapter, digest_of_folder
@@ -72,7 +72,7 @@ def baseline_of(text: str) -> Variant:
     folder = Path(spec)
     if folder.joinpath(MANIFEST).is_file():
         variant = bundle_of(spec)
-        return variant if role == "other" else replace(variant, name=role, step=role)
+        return variant if role == "other" else replace(variant, name=role, step=cast("Step", role))
     looks_like_path = spec.startswith((".", "/", "~")) or folder.exists()
     if looks_like_path and not any(folder.joinpath(name).is_file() for name in ("config.json", ADAPTER)):
         raise InputError(f"--baseline {text}: {spec} is no model folder (neither config.json nor {ADAPTER} is there)")

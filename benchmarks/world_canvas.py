@@ -158,7 +158,8 @@ class Canvas:
 def _grain_bank() -> np.ndarray:
     """Fixed grain, 192×192×3, standard deviation 64."""
     values = np.random.RandomState(7).standard_normal((2 * SIZE, 2 * SIZE, 3)) * 64.0
-    return values.round().astype(np.int16)
+    grain: np.ndarray = values.round().astype(np.int16)
+    return grain
 
 
 def paint_background(canvas: Canvas, style: str, colour: str) -> None:

@@ -16,7 +16,7 @@ from mpa_edge.export.merged import Names
 def metadata_of(merged: Path, names: Names) -> dict[str, Any]:
     """`general.*`, in full: what is left open, the converter guesses from the folder's name."""
     _, organisation, basename, finetune, version, size = gguf.Metadata.get_model_id_components(names.base)
-    fields = {
+    fields: dict[str, Any] = {
         "general.basename": basename or names.base.rpartition("/")[2],
         "general.finetune": "-".join(part for part in (finetune, names.finetune) if part) or None,
         "general.version": version,

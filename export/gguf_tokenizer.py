@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp.llama_cpp as llama
 from transformers import AutoTokenizer
 
 from mpa_edge.errors import ExportError
 from mpa_edge.runtime import llamacpp
-from mpa_edge.runtime.llamacpp import llama
 
 # What llama.cpp's multimodal part looks up by its text; it fails inside `llama_decode` where one is missing.
 LOOKED_UP = ("\n", "\n\n", "<fake_token_around_image>", "<global-img>")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp.llama_cpp as llama
 import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -27,7 +28,6 @@ from mpa_edge.export.gguf_tokenizer import check_pieces, check_tokenizer, pre_to
 from mpa_edge.export.merged import Names
 from mpa_edge.export.quants import GGUF, checked
 from mpa_edge.runtime import llamacpp
-from mpa_edge.runtime.llamacpp import llama
 
 
 def to_gguf(merged: Path, folders: Mapping[str, Path], names: Names) -> dict[str, tuple[list[File], dict[str, Any]]]:

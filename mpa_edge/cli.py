@@ -184,7 +184,7 @@ def ask(
         for text in stream:
             typer.echo(text, nl=False)
         typer.echo()
-        if timings:
+        if timings and stream.answer:
             typer.echo(stream.answer.timings.line(), err=True)
 
 
@@ -212,8 +212,8 @@ def bench(
     from mpa_edge.benchmarks.bench import bench as run_bench
 
     config = BenchConfig(
-        bundles=bundles,
-        baselines=baseline or [],
+        bundles=tuple(map(str, bundles)),
+        baselines=tuple(baseline or ()),
         data=data,
         report=report,
         task=task,

@@ -87,7 +87,13 @@ def demo(
         clear(out)
     steps = Steps(console or Console(), of=4)
     quants = bundles or BUNDLES
-    given = {"images": out / "pictures", "out": out, "teacher": str(teacher), "student": str(student), "fresh": fresh}
+    given: dict[str, Any] = {
+        "images": out / "pictures",
+        "out": out,
+        "teacher": str(teacher),
+        "student": str(student),
+        "fresh": fresh,
+    }
     config = AlignConfig(**given | {"task": "reference"} | (settings or {}))
     with steps.step("pictures", f"{pictures:,} without labels, and {questions:,} with, for the benchmark alone"):
         write_pictures(out, pictures, questions)
@@ -157,8 +163,8 @@ def measure(
         BenchConfig(
             data=out / "test" / "test.jsonl",
             name="reference test",
-            bundles=folders,
-            baselines=[f"teacher={teacher}", f"student={student}", f"aligned={adapter}"],
+            bundles=tuple(map(str, folders)),
+            baselines=(f"teacher={teacher}", f"student={student}", f"aligned={adapter}"),
             task="reference",
             report=out / "report",
             latency_n=TIMED,
