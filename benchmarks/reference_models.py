@@ -155,7 +155,7 @@ def make_config(size: Size, tokenizer: PreTrainedTokenizerFast) -> Any:
         text_config=text,
         vision_config=vision,
         scale_factor=2,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=int(str(tokenizer.convert_tokens_to_ids("<image>"))),
         tie_word_embeddings=True,
         **ids,
     )

@@ -78,7 +78,7 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
 
 def score(answerer: Answerer, rows: list[dict[str, Any]], folder: Path) -> dict[str, list[float]]:
     """Scores by kind, by group and in all."""
-    images = [Image.open(folder / row["image"]) for row in rows]
+    images: list[Image.Image] = [Image.open(folder / row["image"]) for row in rows]
     replies = answerer(images, [row["question"] for row in rows], 12)
     found: dict[str, list[float]] = defaultdict(list)
     for row, reply in zip(rows, replies, strict=True):

@@ -85,7 +85,7 @@ def _rotation(rows: int, columns: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start_local(tower: Idefics3VisionTransformer) -> None:
+def start_local(tower: Any) -> None:
     """Start the tower near a convolution: places as waves in 32 dimensions, heads that look at their neighbours.
 
     All of it remains trainable; it saves the tower from learning on its own what "next to" means.
@@ -114,7 +114,7 @@ class DenseReader(torch.nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.tower = Idefics3VisionTransformer(tower_config(size))
+        self.tower: Any = Idefics3VisionTransformer(tower_config(size))
         self.tower.set_attn_implementation("plain")
         self.heads = torch.nn.Linear(size.vision_width, sum(per * classes for per, classes in HEADS.values()))
 
@@ -130,7 +130,8 @@ class DenseReader(torch.nn.Module):
         hidden = self.tower.embeddings(pixel_values=pixels, patch_attention_mask=mask)
         for layer in self.tower.encoder.layers:
             hidden = layer(hidden, None)
-        return self.heads(self.tower.post_layernorm(hidden))
+        scores: torch.Tensor = self.heads(self.tower.post_layernorm(hidden))
+        return scores
 
 
 class DensePictures(IterableDataset[dict[str, torch.Tensor]]):
