@@ -1,7 +1,7 @@
 """One variant in a process of its own: `python -m mpa_edge.benchmarks.worker FOLDER < job.json`.
 
 The job holds pictures and prompts, never labels. Latency is measured first, one picture at a time, and the peak of
-memory is read right after it; then come the answers of the accuracy part, in batches where the engine gains by them.
+memory is read right after it; then come the answers of the accuracy part, several at once.
 Every answer is on disk at once, so an interrupted job goes on where it was.
 
     FOLDER/answers.jsonl   one row per question: key, text, tokens, timings, …
@@ -15,12 +15,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any
 
-from mpa_edge.benchmarks.host import peak_memory_bytes
+from mpa_edge.benchmarks.host import memory_mb, peak_memory_bytes
 from mpa_edge.bundle import MANIFEST
 from mpa_edge.errors import ImageError, MpaEdgeError
 from mpa_edge.records import Record, read_rows, write_atomic
@@ -99,13 +102,18 @@ def main(folder: Path, source: IO[str], out: IO[str]) -> int:
 
 def open_variant(job: Job) -> Vlm:
     """The job's model. A bundle is opened without the libraries for training, as on the device."""
-    if (Path(job.spec) / MANIFEST).is_file():
+    if is_bundle(job.spec):
         from mpa_edge.runtime import load
 
         return load(Path(job.spec), threads=job.threads)
     from mpa_edge.models import open_vlm
 
     return open_vlm(job.spec, name=job.name, batch_size=job.batch_size)
+
+
+def is_bundle(spec: str) -> bool:
+    """Whether an exported bundle lies there."""
+    return (Path(spec) / MANIFEST).is_file()
 
 
 def work(vlm: Vlm, job: Job, folder: Path, say: Say, *, load_ms: float | None = None) -> None:
@@ -123,7 +131,8 @@ def work(vlm: Vlm, job: Job, folder: Path, say: Say, *, load_ms: float | None = 
         about["peak_memory_bytes"] = peak_memory_bytes()
     write_atomic(folder / MEASURED, json.dumps(about) + "\n")
     batch = job.batch_size if vlm.engine in BATCHED_ENGINES else 1
-    collect_answers(vlm, asks(job.accuracy), decoding, batch, folder / ANSWERS, say)
+    with side_by_side(vlm, job, about["peak_memory_bytes"]) as vlms:
+        collect_answers(vlms, asks(job.accuracy), decoding, batch, folder / ANSWERS, say)
     write_atomic(folder / MEASURED, json.dumps({**about, "done": True}, indent=2) + "\n")
 
 
@@ -167,18 +176,54 @@ def answer_one(vlm: Vlm, ask: Ask, decoding: Decoding) -> Row:
     return row_of(ask, answer, wall_ms=(time.perf_counter() - started) * 1000)
 
 
-def collect_answers(vlm: Vlm, wanted: Sequence[Ask], decoding: Decoding, batch: int, path: Path, say: Say) -> None:
-    """Answer what has no row yet; each batch is on disk before the next begins."""
+@contextmanager
+def side_by_side(vlm: Vlm, job: Job, peak: int | None) -> Iterator[list[Vlm]]:
+    """What answers the accuracy part: a small bundle as often as there are threads, with one thread each.
+
+    A small model gains little by a second thread and, on a machine that does other work, loses much: its threads wait
+    for each other at every operation. A bundle of which the copies would fill a quarter of the memory stays alone.
+    """
+    memory = memory_mb()
+    room = int(memory * 1e6 / 4 / peak) if memory and peak else 1
+    count = min(job.threads, room)
+    if count < 2 or not is_bundle(job.spec):
+        yield [vlm]
+        return
+    vlm.close()
+    copies = [open_variant(replace(job, threads=1)) for _ in range(count)]
+    try:
+        yield copies
+    finally:
+        for copy in copies:
+            copy.close()
+
+
+def collect_answers(
+    vlms: Sequence[Vlm], wanted: Sequence[Ask], decoding: Decoding, batch: int, path: Path, say: Say
+) -> None:
+    """Answer what has no row yet; each batch is on disk as soon as it is answered."""
     there = {row.key for row in whole_rows(path)}
     missing = list({ask.key: ask for ask in wanted if ask.key not in there}.values())
-    say("accuracy", len(wanted) - len(missing), len(wanted))
-    with path.open("a", encoding="utf-8") as file:
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            for row in answer_batch(vlm, part, decoding):
-                file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+    done = len(wanted) - len(missing)
+    say("accuracy", done, len(wanted))
+    free: SimpleQueue[Vlm] = SimpleQueue()
+    for vlm in vlms:
+        free.put(vlm)
+
+    def answer(part: Sequence[Ask]) -> list[Row]:
+        vlm = free.get()
+        try:
+            return answer_batch(vlm, part, decoding)
+        finally:
+            free.put(vlm)
+
+    parts = [missing[start : start + batch] for start in range(0, len(missing), batch)]
+    with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(len(vlms)) as pool:
+        for rows in pool.map(answer, parts):
+            file.write("".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
             file.flush()
-            say("accuracy", len(wanted) - len(missing) + start + len(part), len(wanted))
+            done += len(rows)
+            say("accuracy", done, len(wanted))
 
 
 def answer_batch(vlm: Vlm, part: Sequence[Ask], decoding: Decoding) -> list[Row]:

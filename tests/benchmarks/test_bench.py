@@ -12,7 +12,12 @@ import jsonschema
 import pytest
 
 from mpa_edge.benchmarks.bench import BenchConfig, bench
-from mpa_edge.errors import InputError
+from mpa_edge.benchmarks.sample import items_of
+from mpa_edge.benchmarks.worker import collect_answers, whole_rows
+from mpa_edge.errors import InputError, ModelError
+from mpa_edge.fake import open_fake
+from mpa_edge.labelled import read_questions
+from mpa_edge.runtime.vlm import Decoding
 
 
 def run(labelled: Path, report: Path, **settings: Any) -> dict[str, Any]:
@@ -183,3 +188,28 @@ def test_refusals_count_as_wrong_and_are_counted(labelled: Path, tmp_path: Path)
 def test_bad_settings_name_the_flag(labelled: Path, tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         run(labelled, tmp_path, **settings)
+
+
+def test_answers_side_by_side_are_all_there_and_in_order(labelled: Path, tmp_path: Path) -> None:
+    items = items_of(read_questions(labelled), lambda question: question)
+    vlms = [open_fake(fake(labelled, vision=1)) for _ in range(3)]
+    wanted = [item.ask for item in items]
+    collect_answers(vlms, wanted, Decoding(), 4, tmp_path / "answers.jsonl", lambda phase, done, of: None)
+    assert [row.key for row in whole_rows(tmp_path / "answers.jsonl")] == [ask.key for ask in wanted]
+
+
+def test_one_that_fails_ends_the_others(labelled: Path, tmp_path: Path) -> None:
+    class Broken:
+        def answer(self, *_: object) -> list[Any]:
+            raise ModelError("the engine gave up")
+
+    items = items_of(read_questions(labelled), lambda question: question)
+    with pytest.raises(ModelError, match="gave up"):
+        collect_answers(
+            [Broken(), Broken()],  # type: ignore[list-item]
+            [item.ask for item in items],
+            Decoding(),
+            1,
+            tmp_path / "answers.jsonl",
+            lambda phase, done, of: None,
+        )
