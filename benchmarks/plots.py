@@ -126,9 +126,13 @@ def duration(value: float) -> str:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, 20 … between two powers of ten."""
-    values = [digit * 10.0**power for power in range(floor(low), ceil(high) + 1) for digit in (1, 2, 5)]
-    return [value for value in values if low <= log10(value) <= high]
+    """Round values between two powers of ten: 1, 2, 5, 10 …, or closer ones on a short axis."""
+    powers = range(floor(low), ceil(high) + 1)
+    coarse, fine = (
+        [value for power in powers for digit in digits if low <= log10(value := digit * 10.0**power) <= high]
+        for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+    )
+    return coarse if len(coarse) >= 3 else fine
 
 
 def place_labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[Label]:

@@ -149,18 +149,19 @@ def road_rows(report: Report, entries: Sequence[dict[str, Any]]) -> list[dict[st
 
 
 def phase_rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median milliseconds per phase as shares of the longest bar; what no phase accounts for is `other`."""
+    """Mean milliseconds per phase as shares of the longest bar; what no phase accounts for is `other`."""
     known = [entry for entry in entries if entry["latency_ms"]["total"]["p50"]]
     longest = max((entry["latency_ms"]["total"]["p95"] for entry in known), default=0)
     rows = []
     for entry in known:
-        times = entry["latency_ms"]
-        parts = {phase: times[phase] or 0.0 for phase in PHASES}
-        parts["other"] = max(0.0, times["total"]["p50"] - sum(parts.values()))
+        means = entry["latency_ms"]["mean"]
+        parts = {phase: means[phase] or 0.0 for phase in PHASES}
+        parts["other"] = max(0.0, means["total"] - sum(parts.values()))
         segments = [
             {"phase": phase, "ms": value, "share": 100 * value / longest} for phase, value in parts.items() if value > 0
         ]
-        rows.append({"entry": entry, "segments": segments, "p95": 100 * times["total"]["p95"] / longest})
+        p95 = 100 * entry["latency_ms"]["total"]["p95"] / longest
+        rows.append({"entry": entry, "segments": segments, "mean": means["total"], "p95": p95})
     return rows
 
 

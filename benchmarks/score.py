@@ -83,15 +83,23 @@ def estimate(found: Estimate | None) -> dict[str, Any]:
 
 
 def latency(rows: Sequence[Row]) -> dict[str, Any]:
-    """Percentiles of the total by the caller's clock, and the median of each phase that the engine tells."""
+    """Percentiles of the total by the caller's clock, and of each phase that the engine tells the median.
+
+    Medians of phases do not add up to the median of the total; means do, so they are there too.
+    """
     known = [row for row in rows if row.wall_ms is not None and row.finish_reason != "error"]
-    walls = [row.wall_ms for row in known]
-    total = {f"p{q}": rounded(percentile(walls, q)) for q in (50, 90, 95, 99)} | {
-        "max": rounded(percentile(walls, 100))
+    times = {phase: [row.timings.get(phase) for row in known] for phase in PHASES} | {
+        "total": [row.wall_ms for row in known]
     }
-    phases = {phase: rounded(percentile([row.timings.get(phase) for row in known], 50)) for phase in PHASES}
-    tokens = [row.n_tokens for row in known]
-    return {"total": total, **phases, "n": len(known), "tokens_per_answer": rounded(percentile(tokens, 50))}
+    total = {f"p{q}": rounded(percentile(times["total"], q)) for q in (50, 90, 95, 99)}
+    total["max"] = rounded(percentile(times["total"], 100))
+    return {
+        "total": total,
+        **{phase: rounded(percentile(times[phase], 50)) for phase in PHASES},
+        "mean": {name: mean([value for value in values if value is not None]) for name, values in times.items()},
+        "n": len(known),
+        "tokens_per_answer": rounded(percentile([row.n_tokens for row in known], 50)),
+    }
 
 
 def compare(scored: Sequence[Scored], seed: int) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from mpa_edge.benchmarks.bench import BenchConfig, report_of
 from mpa_edge.benchmarks.gallery import PER_FILTER, THUMBNAIL, gallery, thumbnail, who
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.measure import Measured
-from mpa_edge.benchmarks.plots import box_of, overlap, place_labels
-from mpa_edge.benchmarks.report import console_table, markdown, render_html, render_markdown
+from mpa_edge.benchmarks.plots import box_of, decades, overlap, place_labels
+from mpa_edge.benchmarks.report import console_table, markdown, phase_rows, render_html, render_markdown
 from mpa_edge.benchmarks.sample import items_of
 from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.worker import Row
@@ -221,3 +221,15 @@ def test_a_busy_machine_is_told(questions: Questions, monkeypatch: pytest.Monkey
     report, _ = make(questions, monkeypatch)
     assert "busy" not in render_markdown({**report, "host": {**report["host"], "busy": 0.05}})
     assert "80% busy" in render_markdown({**report, "host": {**report["host"], "busy": 0.8}})
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(1.0, 2.0, [10, 20, 50, 100]), (1.15, 1.6, [15, 20, 25, 30])])
+def test_a_time_axis_has_ticks_on_any_length(low: float, high: float, expected: list[float]) -> None:
+    assert decades(low, high) == pytest.approx(expected)
+
+
+def test_phases_add_up_to_the_bar(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, _ = make(questions, monkeypatch)
+    for row in phase_rows(report["variants"]):
+        assert sum(part["ms"] for part in row["segments"]) == pytest.approx(row["mean"])
+        assert 0 < sum(part["share"] for part in row["segments"]) <= row["p95"] + 1e-6 <= 100.001
