@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ PACKAGES = (
 
 
 def host() -> dict[str, Any]:
-    """CPU, cores, memory, system, versions and how busy it was; None for what the system hides."""
+    """CPU, cores, memory, system and versions; None for what the system hides."""
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -32,7 +33,6 @@ def host() -> dict[str, Any]:
         "machine": platform.machine() or None,
         "python": platform.python_version(),
         "versions": versions(),
-        "busy": busy(),
     }
 
 
@@ -69,17 +69,22 @@ def system_name() -> str:
         return f"{platform.system()} {platform.release()}".strip()
 
 
-def busy(seconds: float = 0.5) -> float | None:
-    """The share of all cores' time that others use while we only wait; None where the system does not tell.
+def watch_others() -> Callable[[], float | None]:
+    """Call it before a measurement, and what it returns after: the share of all cores' time that others used meanwhile.
 
-    Not the load average, which still remembers what we did ourselves a minute ago.
+    Not the load average, which also counts ourselves, and what was a minute ago. None where the system does not tell.
     """
-    before = core_times()
-    time.sleep(seconds)
-    after = core_times()
-    if before is None or after is None or after[1] <= before[1]:
-        return None
-    return round(1 - (after[0] - before[0]) / (after[1] - before[1]), 3)
+    cores, own = core_times(), time.process_time()
+
+    def share() -> float | None:
+        now = core_times()
+        if cores is None or now is None or now[1] <= cores[1]:
+            return None
+        used = (now[1] - cores[1]) - (now[0] - cores[0])
+        ours = (time.process_time() - own) * os.sysconf("SC_CLK_TCK")
+        return round(min(1.0, max(0.0, (used - ours) / (now[1] - cores[1]))), 3)
+
+    return share
 
 
 def core_times() -> tuple[int, int] | None:

@@ -30,6 +30,7 @@ class Measured:
     engine: str | None = None
     load_ms: float | None = None
     peak_memory_bytes: int | None = None
+    busy: float | None = None
     reason: str | None = None
 
 
@@ -125,7 +126,7 @@ def read_measured(folder: Path, reason: str | None) -> Measured:
     about = read_json(folder / MEASURED)
     answers = {row.key: row for row in whole_rows(folder / ANSWERS)}
     latency = whole_rows(folder / LATENCY)
-    known = {key: about.get(key) for key in ("engine", "load_ms", "peak_memory_bytes")}
+    known = {key: about.get(key) for key in ("engine", "load_ms", "peak_memory_bytes", "busy")}
     return Measured(answers, latency, **known, reason=reason)
 
 

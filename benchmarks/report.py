@@ -23,12 +23,11 @@ from mpa_edge.benchmarks.measure import Measured
 from mpa_edge.benchmarks.plots import scatter
 from mpa_edge.benchmarks.sample import Item
 from mpa_edge.benchmarks.score import PHASES, Scored, first
-from mpa_edge.benchmarks.verdict import milliseconds, percent, points, size
+from mpa_edge.benchmarks.verdict import disturbance, milliseconds, percent, points, size
 from mpa_edge.records import write_atomic
 
 HTML, MARKDOWN = "report.html", "report.md"
 TEMPLATE, STYLES, SCRIPT = "report.html.j2", "report.css.j2", "report.js.j2"
-BUSY_FROM = 0.15  # of all cores' time
 Report = dict[str, Any]
 
 
@@ -64,7 +63,7 @@ def render_html(report: Report, cases: Gallery) -> str:
         phases=phase_rows(entries),
         kinds=kind_groups(report),
         gain=gained(entries),
-        busy=busy_warning(report),
+        busy=disturbance(entries),
         gallery=cases,
         filters=FILTERS,
         styles=Markup(styles),  # our own text, like the template's
@@ -88,7 +87,7 @@ def render_markdown(report: Report) -> str:
         "",
         f"{data['n']:,} questions of {markdown(data['name'])}, metric `{report['task']['metric']}`; latency at batch 1 "
         f"with {report['settings']['threads']} threads on {markdown(report['host']['cpu'] or 'an unknown CPU')}; "
-        f"mpa-edge {report['tool_version']}. {busy_warning(report) or ''}".rstrip(),
+        f"mpa-edge {report['tool_version']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -169,14 +168,6 @@ def kind_groups(report: Report) -> list[tuple[str, list[tuple[str, int]]]]:
     """(group, [(kind, questions)]) in the order of the names."""
     kinds = sorted((about["group"], kind, about["n"]) for kind, about in report["data"]["kinds"].items())
     return [(group, [(kind, n) for _, kind, n in rows]) for group, rows in groupby(kinds, key=lambda row: row[0])]
-
-
-def busy_warning(report: Report) -> str | None:
-    """A sentence where other work disturbed the clock."""
-    share = report["host"].get("busy")
-    if share is None or share < BUSY_FROM:
-        return None
-    return f"The machine was {share:.0%} busy with other work, so times are longer than on an idle one."
 
 
 def gained(entries: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]] | None:

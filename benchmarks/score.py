@@ -15,6 +15,7 @@ from mpa_edge.benchmarks.stats import Estimate, mean_interval, paired_difference
 from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.worker import Row
 
+BUSY_FROM = 0.15  # of all cores' time; from here on, other work made the latencies of a variant too long
 PHASES = ("preprocess", "vision", "prefill", "decode")
 
 
@@ -48,6 +49,7 @@ def score(
         "errors": dict(Counter(row.error or "unknown" for row in known if row.finish_reason == "error")),
         "cut_off": sum(row.finish_reason == "length" for row in known),
         "latency_ms": latency(measured.latency),
+        "busy": measured.busy,
         "load_ms": rounded(measured.load_ms),
         "size_mb": megabytes(size),
         "peak_memory_mb": megabytes(measured.peak_memory_bytes),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
-from mpa_edge.benchmarks.score import first
+from mpa_edge.benchmarks.score import BUSY_FROM, first
 
 # Bundles this close to the most accurate one are as good as it; among them the faster one wins.
 TOLERANCE = 0.01
@@ -88,6 +88,7 @@ def reasons(entries: Sequence[Entry], comparisons: Sequence[Entry], chosen: Entr
         alignment(entries, comparisons),
         conversion(entries, comparisons),
         beside_teacher(entries, chosen),
+        disturbance(entries),
         *(f"{entry['name']} failed: {entry['failed']}." for entry in entries if entry["failed"]),
     ]
     return [sentence for sentence in said if sentence]
@@ -127,13 +128,26 @@ def beside_teacher(entries: Sequence[Entry], chosen: Entry | None) -> str | None
     teacher = next((entry for entry in entries if entry["step"] == "teacher" and not entry["failed"]), None)
     if teacher is None or chosen is None:
         return None
+    disturbed = any((entry["busy"] or 0) >= BUSY_FROM for entry in (teacher, chosen))
     ratios = [
         ("smaller", teacher["size_mb"], chosen["size_mb"]),
-        ("faster", teacher["latency_ms"]["total"]["p50"], chosen["latency_ms"]["total"]["p50"]),
+        ("faster", None if disturbed else teacher["latency_ms"]["total"]["p50"], chosen["latency_ms"]["total"]["p50"]),
         ("lighter in memory", teacher["peak_memory_mb"], chosen["peak_memory_mb"]),
     ]
     told = [f"{large / small:.1f}× {word}" for word, large, small in ratios if large and small and large > small]
     return f"Beside the teacher, {chosen['name']} is {', '.join(told)}." if told else None
+
+
+def disturbance(entries: Sequence[Entry]) -> str | None:
+    """Whose clock other work disturbed."""
+    names = [entry["name"] for entry in entries if (entry["busy"] or 0) >= BUSY_FROM]
+    if not names:
+        return None
+    most = max(entry["busy"] or 0 for entry in entries)
+    return (
+        f"Other work took up to {most:.0%} of the machine while {listed(names)} ran: their times are too long. "
+        "To time them again, delete the report's raw folder."
+    )
 
 
 def between(comparisons: Sequence[Entry], a: Entry | None, b: Entry | None) -> Entry | None:

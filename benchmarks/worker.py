@@ -23,7 +23,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-from mpa_edge.benchmarks.host import memory_mb, peak_memory_bytes
+from mpa_edge.benchmarks.host import memory_mb, peak_memory_bytes, watch_others
 from mpa_edge.bundle import MANIFEST
 from mpa_edge.errors import ImageError, MpaEdgeError
 from mpa_edge.records import Record, read_rows, write_atomic
@@ -123,12 +123,13 @@ def work(vlm: Vlm, job: Job, folder: Path, say: Say, *, load_ms: float | None = 
     before = what_is_kept(folder, described)
     decoding = Decoding(max_new_tokens=job.max_new_tokens)
     timed = asks(job.latency)
-    about = {"describe": described, "engine": vlm.engine, "load_ms": load_ms, "peak_memory_bytes": None, "done": False}
+    about: dict[str, Any] = {"describe": described, "engine": vlm.engine, "load_ms": load_ms, "done": False}
     if before and [row.key for row in whole_rows(folder / LATENCY)] == [ask.key for ask in timed]:
-        about |= {key: before[key] for key in ("load_ms", "peak_memory_bytes")}
+        about |= {key: before.get(key) for key in ("load_ms", "peak_memory_bytes", "busy")}
     else:
+        others = watch_others()
         measure_latency(vlm, asks(job.warm_up), timed, decoding, folder / LATENCY, say)
-        about["peak_memory_bytes"] = peak_memory_bytes()
+        about |= {"peak_memory_bytes": peak_memory_bytes(), "busy": others()}
     write_atomic(folder / MEASURED, json.dumps(about) + "\n")
     batch = job.batch_size if vlm.engine in BATCHED_ENGINES else 1
     with side_by_side(vlm, job, about["peak_memory_bytes"]) as vlms:

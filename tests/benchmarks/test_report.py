@@ -217,12 +217,6 @@ def test_labels_keep_off_each_other() -> None:
     assert not any(overlap(a, b) for number, a in enumerate(boxes) for b in boxes[:number])
 
 
-def test_a_busy_machine_is_told(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, _ = make(questions, monkeypatch)
-    assert "busy" not in render_markdown({**report, "host": {**report["host"], "busy": 0.05}})
-    assert "80% busy" in render_markdown({**report, "host": {**report["host"], "busy": 0.8}})
-
-
 @pytest.mark.parametrize(("low", "high", "expected"), [(1.0, 2.0, [10, 20, 50, 100]), (1.15, 1.6, [15, 20, 25, 30])])
 def test_a_time_axis_has_ticks_on_any_length(low: float, high: float, expected: list[float]) -> None:
     assert decades(low, high) == pytest.approx(expected)

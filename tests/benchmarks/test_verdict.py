@@ -19,6 +19,7 @@ def entry(name: str, step: str, accuracy: float | None, p50: float = 10.0, megab
         "size_mb": megabytes,
         "peak_memory_mb": 100.0,
         "gap_closed": 0.5,
+        "busy": 0.02,
         "failed": None if accuracy is not None else "out of memory",
     }
 
@@ -82,6 +83,16 @@ def test_the_steps_are_told_in_words() -> None:
         "It answers 70.0% right, where the base student has 50.0% and the teacher 90.0%, at 10.0 ms per answer and "
         "5.0 MB on disk."
     )
+
+
+def test_no_speed_is_claimed_that_other_work_disturbed() -> None:
+    teacher, bundle = entry("teacher", "teacher", 0.9, p50=900, megabytes=50), entry("q8", "quantized", 0.7)
+    reasons = verdict([{**teacher, "busy": 0.8}, bundle], [])["reasons"]
+    assert reasons[0] == "Beside the teacher, q8 is 10.0× smaller."
+    assert reasons[1].startswith("Other work took up to 80% of the machine while teacher ran")
+    assert verdict([{**teacher, "busy": None}, bundle], [])["reasons"] == [
+        "Beside the teacher, q8 is 10.0× smaller, 90.0× faster."
+    ]
 
 
 def test_nothing_measured_is_nothing_decided() -> None:
