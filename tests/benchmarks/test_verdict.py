@@ -28,12 +28,13 @@ def against(a: str, b: str, delta: float, width: float = 0.02, kind: str = "stud
     return {"a": a, "b": b, "delta": delta, "ci95": [delta - width, delta + width], "against": kind, "n": 1500}
 
 
-def test_the_fastest_of_the_good_ones_is_picked() -> None:
+def test_the_smallest_of_the_good_and_fast_ones_is_picked() -> None:
     bundles = [
-        entry("f16", "full", 0.70, p50=20),
-        entry("q8", "quantized", 0.695, p50=12),
-        entry("q4", "quantized", 0.66, p50=5),
-        entry("broken", "quantized", None, p50=1),
+        entry("f16", "full", 0.70, p50=10, megabytes=8),
+        entry("q8", "quantized", 0.695, p50=11.5, megabytes=5),
+        entry("slow", "quantized", 0.70, p50=13, megabytes=3),
+        entry("q4", "quantized", 0.66, p50=5, megabytes=2),
+        entry("broken", "quantized", None, p50=1, megabytes=1),
     ]
     found = pick([entry("teacher", "teacher", 0.9), *bundles])
     assert found is not None
