@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 from mpa_edge import __version__
 from mpa_edge.answers import metric_named
 from mpa_edge.benchmarks.display import on_terminal
-from mpa_edge.benchmarks.host import host, usable_cores
+from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.measure import Measured, Say, measure
 from mpa_edge.benchmarks.report import write_report
 from mpa_edge.benchmarks.sample import Item, items_of, latency_set, stratified
@@ -34,6 +34,7 @@ from mpa_edge.config import Settings
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Questions, read_questions
 from mpa_edge.records import write_atomic, write_rows
+from mpa_edge.runtime import available_cores
 from mpa_edge.tasks import Task, task_named
 
 REPORT, RAW_ROWS = "report.json", "raw.jsonl"
@@ -87,7 +88,7 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
             job = Job(
                 name=variant.name,
                 spec=variant.spec,
-                threads=config.threads or usable_cores(),
+                threads=config.threads or available_cores(),
                 max_new_tokens=task.max_new_tokens,
                 batch_size=config.batch_size,
                 warm_up=[ask.to_json() for ask in warm_up],
@@ -143,7 +144,7 @@ def report_of(
         "data": about_data(config, questions, items),
         "task": {"name": task.name, "metric": task.metric, "question_template": task.question_template},
         "settings": {
-            "threads": config.threads or usable_cores(),
+            "threads": config.threads or available_cores(),
             "latency_n": config.latency_n,
             "batch_size": config.batch_size,
             "max_new_tokens": task.max_new_tokens,

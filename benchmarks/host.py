@@ -6,9 +6,11 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from mpa_edge.runtime import available_cores
+from mpa_edge.versions import installed
 
 PACKAGES = (
     "mpa-edge",
@@ -27,18 +29,13 @@ def host() -> dict[str, Any]:
     """CPU, cores, memory, system and versions; None for what the system hides."""
     return {
         "cpu": cpu_name(),
-        "cores": usable_cores(),
+        "cores": available_cores(),
         "memory_mb": memory_mb(),
         "os": system_name(),
         "machine": platform.machine() or None,
         "python": platform.python_version(),
         "versions": versions(),
     }
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str | None:
@@ -98,13 +95,7 @@ def core_times() -> tuple[int, int] | None:
 
 def versions() -> dict[str, str]:
     """The installed libraries that produce answers and timings."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed(PACKAGES)
 
 
 def peak_memory_bytes() -> int | None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpa_edge.benchmarks.host import cpu_name, usable_cores, versions
+from mpa_edge.benchmarks.host import cpu_name, versions
 from mpa_edge.benchmarks.variants import Variant, content_digest
 from mpa_edge.benchmarks.worker import ANSWERS, ERROR, LATENCY, MEASURED, Job, Row, whole_rows
+from mpa_edge.runtime import available_cores
 
 Say = Callable[[str, str, int, int], None]  # variant, phase, done, of
 
@@ -48,7 +49,7 @@ def measure(variant: Variant, job: Job, raw: Path, say: Say) -> Measured:
 
 def folder_name(variant: Variant, job: Job, digest: str | None) -> str:
     """Names what shapes a variant's answers and timings but for the questions: those are in the rows' keys."""
-    settings = (job.max_new_tokens, job.threads, cpu_name(), usable_cores(), sorted(versions().items()))
+    settings = (job.max_new_tokens, job.threads, cpu_name(), available_cores(), sorted(versions().items()))
     content = hashlib.sha256(repr((digest or variant.spec, settings)).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', variant.name)[:60]}-{content[:10]}"
 

@@ -16,7 +16,6 @@ from mpa_edge.errors import BundleError
 from mpa_edge.records import write_atomic
 
 MANIFEST = "bundle.json"
-SCHEMA_VERSION = 1
 
 Role = Literal[
     "language_model",  # GGUF

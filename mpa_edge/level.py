@@ -7,6 +7,7 @@ were computed once, and takes its prompts from the very code that asks the stude
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -258,6 +259,4 @@ def _fingerprint(
 
 
 def _digest(value: Any) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

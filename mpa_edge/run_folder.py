@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from mpa_edge import __version__
 from mpa_edge.errors import InputError, RunError, RunLocked
 from mpa_edge.parts import sweep
 from mpa_edge.records import write_atomic
+from mpa_edge.versions import installed
 
 LOCK = ".lock"
 RUN = "run.json"
@@ -114,7 +114,7 @@ class RunLog:
         self._content: dict[str, Any] = {
             "schema": 1,
             "tool": f"mpa-edge {__version__}",
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **installed(LIBRARIES)},
             **facts,
             "stages": {},
         }
@@ -137,13 +137,3 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{folder} is no run folder: {RUN} cannot be read ({error})") from error
     return content
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -18,7 +18,6 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mpa_edge.errors import RunError
-from mpa_edge.parts import Advance
 from mpa_edge.runtime.images import open_image
 from mpa_edge.transformers_vlm import TransformersVlm
 
@@ -79,7 +78,7 @@ class TrainingData:
         self._features: dict[Path, torch.Tensor] = {}
         self._cache_bytes = cache_bytes
 
-    def prepare(self, advance: Advance = lambda count: None) -> None:
+    def prepare(self) -> None:
         """Fill the cache, batch by batch in the order of the examples, so that it never depends on a resume."""
         if not takes_features(self._student.model):
             return
@@ -89,7 +88,6 @@ class TrainingData:
                 self._prompts.clear()
                 self._features.clear()
                 return
-            advance(len(places))
 
     def batch(self, places: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs for some examples, and labels (rows, longest target) with `IGNORED` as padding."""

@@ -54,11 +54,15 @@ def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None) -> 
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: OMP_NUM_THREADS where that is set, as other numeric libraries have it, else
-    those of its affinity mask, or fewer where its container has a quota."""
+    """The threads to use where nobody says: OMP_NUM_THREADS, as other numeric libraries have it, else all cores."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
+    return available_cores()
+
+
+def available_cores() -> int:
+    """The cores that this process may use: those of its affinity mask, or fewer where its container has a quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _quota(Path("/sys/fs/cgroup/cpu.max")) or cores)
 
