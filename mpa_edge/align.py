@@ -232,7 +232,7 @@ def _select(
 ) -> list[Case]:
     pictures = {sample.id: Path(sample.path) for sample in samples}
     with log.stage("select") as facts:
-        chosen = select_cases(cases, config.select, agreement=config.agreement, seed=config.seed)
+        chosen = select_cases(cases, config.select, mix=config.mix, seed=config.seed)
         folder = run.path.resolve()
         write_rows(run.parity, (training_row(case, pictures[case.sample_id], task, folder) for case in chosen))
         facts |= {"rows": len(chosen), "verdicts": _count(case.verdict for case in chosen)}

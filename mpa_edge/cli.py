@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mpa_edge import __version__
+from mpa_edge.config import AlignConfig
 from mpa_edge.errors import MpaEdgeError
+from mpa_edge.options import given, options_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,22 +25,6 @@ app = typer.Typer(
     "The road: [bold]align[/bold] -> [bold]export[/bold] -> [bold]ask[/bold] / [bold]bench[/bold]. "
     "Start with [bold]mpa-edge demo[/bold].",
 )
-
-
-class Select(str, Enum):
-    """What becomes training data; the last three are controls."""
-
-    parity = "parity"
-    all = "all"
-    random = "random"
-    disagree = "disagree"
-
-
-class Match(str, Enum):
-    """When an answer counts as right."""
-
-    metric = "metric"
-    paper = "paper"
 
 
 class Format(str, Enum):
@@ -78,48 +64,27 @@ def _resumable() -> Iterator[None]:
     "--student HuggingFaceTB/SmolVLM-500M-Instruct --task textvqa --out runs/shop",
     short_help="Train the student on what the teacher knows and it does not.",
 )
+@options_of(AlignConfig)
 def align(
-    context: typer.Context,
-    images: Annotated[Path, typer.Option(help="Folder of unlabeled pictures, a glob, or a list with one path a line.")],
-    teacher: Annotated[str, typer.Option(help="The large model: a folder, a hub id, or a bundle.")],
-    student: Annotated[str, typer.Option(help="The small model to deploy: a folder or a hub id.")],
-    task: Annotated[str, typer.Option(help="textvqa, stvqa, chartqa, okvqa or reference: prompts, rules and metric.")],
-    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/TASK-STUDENT")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first N pictures only.")] = None,
-    questions: Annotated[int | None, typer.Option(help="Questions per picture.", show_default="1")] = None,
-    select: Annotated[
-        Select | None, typer.Option(help="What becomes training data; the others are controls.", show_default="parity")
-    ] = None,
-    match: Annotated[
-        Match | None, typer.Option(help="The task's metric, or the paper's substring rule.", show_default="metric")
-    ] = None,
-    agreement: Annotated[
-        float | None,
-        typer.Option(help="Share of training samples both models answer right: less forgetting.", show_default="0.3"),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="At most; the best on held-out is kept.", show_default="10")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the adapter.", show_default="by student size")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter.", show_default="16")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Pictures asked at once; halved when memory runs out.", show_default="32")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="auto")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same run.", show_default="0")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only tell what it would take: pictures, requests, time, disk.")
+    ] = False,
+    **options: Any,
 ) -> None:
     """Train the student on what the teacher knows and it does not, from unlabeled pictures.
 
     Type the same command again after an interruption: it goes on where it was.
     """
-    from mpa_edge.align import align as run_align
-    from mpa_edge.config import AlignConfig
-
-    given = {name: getattr(value, "value", value) for name, value in context.params.items() if value is not None}
+    config = AlignConfig(**given(options))
     with _resumable():
-        typer.echo(run_align(AlignConfig(**given)).summary())
+        if plan:
+            from mpa_edge.plan import plan_align
+
+            typer.echo(plan_align(config).summary())
+        else:
+            from mpa_edge.align import align as run_align
+
+            typer.echo(run_align(config).summary())
 
 
 @app.command(

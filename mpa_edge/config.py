@@ -9,8 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mpa_edge.errors import InputError
 
-Match = Literal["metric", "paper"]
+Match = Literal["official", "paper"]
 Select = Literal["parity", "all", "random", "disagree"]
+Target = Literal["short", "written"]
+Method = Literal["lora", "dora", "qlora", "full"]
+Part = Literal["language", "connector", "vision"]
+Checkpointing = Literal["auto", "on", "off"]
+SaveAs = Literal["llava", "sharegpt"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -31,42 +36,90 @@ class Settings(BaseModel):
         return self.model_dump(mode="json")
 
 
+# Under which heading `--help` lists a flag.
+PICTURES, MODELS, QUESTIONS = "Pictures", "Models", "Questions"
+TRAINING_SET, TRAINING = "Training set", "Training"
+
+
+def setting(default: Any = ..., panel: str = "Main", *, help: str, shown: str | None = None, **bounds: Any) -> Any:
+    """A field with what the command line says about it; `shown` is the default as people read it."""
+    return Field(default, description=help, json_schema_extra={"panel": panel, "shown": shown}, **bounds)
+
+
 class AlignConfig(Settings):
-    """What `mpa-edge align` does. The field `batch_size` is the flag `--batch-size`, and so on.
+    """What `mpa-edge align` does: each field is the flag of its name (`batch_size` is `--batch-size`), and the command
+    line takes type, default, help and panel from here."""
 
-    `teacher` and `student` are folders or hub ids. `match` decides when an answer counts as right: the task's official
-    metric, or the substring rule of the published code. `select` is what becomes training data; all but `parity` are
-    controls. `agreement` is the share of the training set that both models already answer right: without it a small
-    student forgets what it knew. `learning_rate` 0 means: chosen by the student's size (see `mpa_edge.level`).
-    """
+    images: str = setting(help="Unlabeled pictures: a folder, a glob, a list, .parquet files, or hf:DATASET.")
+    teacher: str = setting(help="The large model: a folder, a hub id, a chat server (http://HOST/v1#MODEL), a bundle.")
+    student: str = setting(help="The small model to deploy: a folder or a hub id.")
+    task: str = setting(
+        help="textvqa, stvqa, chartqa, okvqa, reference, or a TOML file: prompts, answer rule, metric and limits."
+    )
+    out: Path | None = setting(None, help="The run's folder.", shown="runs/TASK-STUDENT")
+    limit: int | None = setting(None, ge=1, help="Use the first N pictures only.")
+    seed: int = setting(0, ge=0, help="Same seed, same run.")
+    fresh: bool = setting(False, help="Start over instead of going on where a run stopped.")
 
-    images: Path
-    teacher: str = Field(min_length=1)
-    student: str = Field(min_length=1)
-    task: str = Field(min_length=1)
-    out: Path | None = None
-    limit: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-    fresh: bool = False
+    test: str | None = setting(
+        None, PICTURES, help="Labelled file; pictures that it shares with --images, near-duplicates too, are kept out."
+    )
+    keep_shared: bool = setting(False, PICTURES, help="Report the pictures shared with --test, but use them.")
 
-    questions: int = Field(default=1, ge=1, le=64)
-    temperature: float = Field(default=1.0, ge=0, le=5)
-    match: Match = "metric"
-    select: Select = "parity"
-    agreement: float = Field(default=0.3, ge=0, lt=1)
+    ask: str | None = setting(
+        None, MODELS, help="A bundle of the student to ask in its place: train on what the deployed file gets wrong."
+    )
+    teacher_4bit: bool = setting(False, MODELS, help="Load the teacher in 4 bit (NF4, needs a CUDA GPU).")
+    teacher_longest_edge: int | None = setting(
+        None, MODELS, ge=16, help="Largest picture edge that the teacher sees, in pixels.", shown="the processor's"
+    )
+    longest_edge: int | None = setting(
+        None, MODELS, ge=16, help="The same for the student, from here to the bundle.", shown="the processor's"
+    )
+    max_requests: int | None = setting(None, MODELS, ge=1, help="Stop, resumably, after N requests to a chat server.")
+    concurrency: int = setting(8, MODELS, ge=1, le=256, help="Requests to a chat server at once.")
+    batch_size: int = setting(32, MODELS, ge=1, help="Pictures asked at once; halved when memory runs out.")
+    device: Device = setting("auto", MODELS, help="Where transformers models run.")
+    dtype: Dtype = setting("auto", MODELS, help="Their precision; auto is float32 on a CPU, bfloat16 elsewhere.")
 
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=0.0, ge=0, lt=1)
-    epochs: int = Field(default=10, ge=1)
-    train_batch_size: int = Field(default=32, ge=1)
-    patience: int = Field(default=3, ge=1)
-    holdout: float = Field(default=0.1, gt=0, le=0.5)
+    questions: int = setting(1, QUESTIONS, ge=1, le=64, help="Questions per picture.")
+    question_share: float | None = setting(
+        None, QUESTIONS, gt=0, le=1, help="Largest share of one question among all; the rest is collapsed."
+    )
+    temperature: float = setting(1.0, QUESTIONS, ge=0, le=5, help="Of the teacher when it writes questions.")
+    match: Match = setting(
+        "official", QUESTIONS, help="When an answer is right: the task's metric, or the paper's rule."
+    )
+    votes: int = setting(1, QUESTIONS, ge=1, le=64, help="Short answers of the teacher; most must confirm its own.")
+    blind: bool = setting(False, QUESTIONS, help="Drop questions that the teacher answers without the picture.")
+    chunk_size: int = setting(256, QUESTIONS, ge=1, help="Pictures per part; a killed run loses one part at most.")
 
-    batch_size: int = Field(default=32, ge=1)
-    chunk_size: int = Field(default=256, ge=1)
-    device: Device = "auto"
-    dtype: Dtype = "auto"
+    select: Select = setting("parity", TRAINING_SET, help="What becomes training data; all but parity are controls.")
+    mix: float = setting(
+        0.3, TRAINING_SET, ge=0, lt=1, help="Share of samples that both models answer right: less forgetting."
+    )
+    target: Target = setting(
+        "short", TRAINING_SET, help="Text to learn: the teacher's short answer, or what it wrote with the question."
+    )
+    rounds: int = setting(1, TRAINING_SET, ge=1, le=16, help="Ask and train again against the updated student.")
+    save_as: tuple[SaveAs, ...] = setting(
+        (), TRAINING_SET, help="Also write the training set for other trainers; repeat for both.", shown="none"
+    )
+
+    method: Method = setting("lora", TRAINING, help="What is trained; qlora needs a CUDA GPU.")
+    train: tuple[Part, ...] = setting(
+        ("language",), TRAINING, help="Parts of the student to train; repeat for several.", shown="language"
+    )
+    rank: int = setting(16, TRAINING, ge=1, help="Rank of the adapter.")
+    alpha: int = setting(32, TRAINING, ge=1, help="Its scale is alpha / rank.")
+    learning_rate: float = setting(0.0, TRAINING, ge=0, lt=1, help="Peak learning rate.", shown="by student size")
+    warmup: float = setting(0.05, TRAINING, ge=0, lt=1, help="Share of the steps in which the rate rises.")
+    epochs: int = setting(10, TRAINING, ge=1, help="At most; the best on held-out pictures is kept.")
+    patience: int = setting(3, TRAINING, ge=1, help="Stop after so many epochs without gain on held-out pictures.")
+    holdout: float = setting(0.1, TRAINING, gt=0, le=0.5, help="Share of the pictures that is held out.")
+    train_batch_size: int = setting(32, TRAINING, ge=1, help="Samples per forward and backward pass.")
+    accumulate: int = setting(1, TRAINING, ge=1, help="Passes per optimizer step.")
+    checkpointing: Checkpointing = setting("auto", TRAINING, help="Trade time for memory (gradient checkpointing).")
 
     @property
     def run(self) -> Path:

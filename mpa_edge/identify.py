@@ -31,7 +31,7 @@ def identify(
     task: Task,
     folder: Path,
     *,
-    match: Match = "metric",
+    match: Match = "official",
     chunk_size: int = 256,
     advance: Advance = lambda count: None,
 ) -> None:

@@ -22,8 +22,8 @@ from mpa_edge.tasks import Task
 Item = TypeVar("Item")
 
 
-def select_cases(cases: Sequence[Case], select: Select, *, agreement: float, seed: int) -> list[Case]:
-    """The cases to train on, in their order. `agreement` is the wanted share of `agree` cases among the result."""
+def select_cases(cases: Sequence[Case], select: Select, *, mix: float, seed: int) -> list[Case]:
+    """The cases to train on, in their order. `mix` is the wanted share of `agree` cases among the result."""
     answered = [case for case in cases if case.verdict != "error"]
     if select == "all":
         return answered
@@ -31,7 +31,7 @@ def select_cases(cases: Sequence[Case], select: Select, *, agreement: float, see
         return [case for case in answered if case.student_score < RIGHT]
     parity = [case for case in answered if case.verdict == "parity"]
     agree = [case for case in answered if case.verdict == "agree"]
-    wanted = round(len(parity) * agreement / (1 - agreement))
+    wanted = round(len(parity) * mix / (1 - mix))
     chosen = [*parity, *drawn(agree, wanted, seed, key=_id)]
     if select == "random":
         chosen = drawn(answered, len(chosen), seed, key=_id)

@@ -184,7 +184,7 @@ def test_bad_files_are_accounted_for_by_reason(tiny_pair: Any, tmp_path: Path) -
 def test_nothing_to_learn_is_said_not_trained(tiny_pair: Any, tmp_path: Path) -> None:
     """The teacher as its own student agrees with itself."""
     with pytest.raises(RunError) as error:
-        align(config(tiny_pair, tmp_path / "run", student=str(tiny_pair.teacher), agreement=0))
+        align(config(tiny_pair, tmp_path / "run", student=str(tiny_pair.teacher), mix=0))
     assert "training rows from 24 pictures, at least 8 are needed" in str(error.value)
     assert "agree" in str(error.value)
     assert (tmp_path / "run" / "audit.html").exists()

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from mpa_edge.cli import app
 from mpa_edge.config import AlignConfig
+from mpa_edge.options import given, options_of
 from mpa_edge.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,21 +31,32 @@ def test_every_command_has_help_an_example_and_a_place_in_the_readme(name: str) 
     assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
-def test_the_defaults_that_help_shows_are_the_settings_own() -> None:
-    shown = {option.name: option.show_default for option in COMMANDS["align"].params}
-    for name in (
-        "questions",
-        "select",
-        "match",
-        "agreement",
-        "epochs",
-        "rank",
-        "batch_size",
-        "device",
-        "dtype",
-        "seed",
-    ):
-        assert shown[name] == str(AlignConfig.model_fields[name].default), name
+def test_every_setting_of_align_is_a_flag_with_its_default() -> None:
+    options = {option.name: option for option in COMMANDS["align"].params}
+    assert options.keys() - {"plan"} == AlignConfig.model_fields.keys()
+    assert options["mix"].show_default == str(AlignConfig.model_fields["mix"].default)
+    assert options["train"].show_default == "language"
+
+
+def test_only_what_was_typed_reaches_the_settings() -> None:
+    seen: dict[str, object] = {}
+    probe = typer.Typer()
+
+    @probe.command()
+    @options_of(AlignConfig)
+    def align(**options: Any) -> None:
+        seen.update(given(options))
+
+    typed = ["--images", "p", "--teacher", "t", "--student", "s", "--task", "x", "--select", "all"]
+    CliRunner().invoke(probe, [*typed, "--train", "vision", "--train", "connector"])
+    assert seen == {
+        "images": "p",
+        "teacher": "t",
+        "student": "s",
+        "task": "x",
+        "select": "all",
+        "train": ["vision", "connector"],
+    }
 
 
 def test_every_task_in_an_example_exists() -> None:
@@ -73,6 +86,6 @@ def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
 
 def test_a_wrong_setting_names_the_flag(tmp_path: Path) -> None:
     pictures = ("--images", ".", "--teacher", "t", "--student", "s", "--task", "reference")
-    result = run("align", *pictures, "--agreement", "7", cwd=tmp_path)
+    result = run("align", *pictures, "--mix", "7", cwd=tmp_path)
     assert result.returncode == 1
-    assert "--agreement" in result.stderr
+    assert "--mix" in result.stderr

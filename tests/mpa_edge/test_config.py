@@ -10,7 +10,7 @@ import pytest
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import InputError
 
-GOOD: dict[str, Any] = {"images": Path("photos"), "teacher": "t", "student": "models/small", "task": "reference"}
+GOOD: dict[str, Any] = {"images": "photos", "teacher": "t", "student": "models/small", "task": "reference"}
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ GOOD: dict[str, Any] = {"images": Path("photos"), "teacher": "t", "student": "mo
         ({"holdout": 0.9}, "--holdout 0.9: input should be less than or equal to 0.5"),
         ({"learning_rate": -1}, "--learning-rate -1"),
         ({"select": "best"}, "--select best: input should be 'parity', 'all', 'random' or 'disagree'"),
-        ({"agreement": 1}, "--agreement 1: input should be less than 1"),
+        ({"mix": 1}, "--mix 1: input should be less than 1"),
         ({"questions": "many"}, "--questions many"),
         ({"epoch": 3}, "--epoch 3"),
     ],

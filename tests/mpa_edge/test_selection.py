@@ -25,15 +25,15 @@ CASES = [
 ]
 
 
-def counts(select: Select, agreement: float = 0.25, seed: int = 0) -> dict[str, int]:
-    chosen = [item.verdict for item in select_cases(CASES, select, agreement=agreement, seed=seed)]
+def counts(select: Select, mix: float = 0.25, seed: int = 0) -> dict[str, int]:
+    chosen = [item.verdict for item in select_cases(CASES, select, mix=mix, seed=seed)]
     return {verdict: chosen.count(verdict) for verdict in sorted(set(chosen))}
 
 
-def test_parity_with_its_share_of_agreement() -> None:
+def test_parity_with_its_share_of_mix() -> None:
     assert counts("parity") == {"agree": 10, "parity": 30}
-    assert counts("parity", agreement=0) == {"parity": 30}
-    assert counts("parity", agreement=0.9) == {"agree": 60, "parity": 30}  # no more than there are
+    assert counts("parity", mix=0) == {"parity": 30}
+    assert counts("parity", mix=0.9) == {"agree": 60, "parity": 30}  # no more than there are
 
 
 def test_controls() -> None:
@@ -44,10 +44,10 @@ def test_controls() -> None:
 
 
 def test_the_order_is_that_of_the_cases_and_the_draw_the_seeds() -> None:
-    chosen = select_cases(CASES, "parity", agreement=0.25, seed=0)
+    chosen = select_cases(CASES, "parity", mix=0.25, seed=0)
     assert [item.id for item in chosen] == sorted((item.id for item in chosen), key=lambda name: int(name[1:]))
-    assert chosen == select_cases(CASES, "parity", agreement=0.25, seed=0)
-    assert chosen != select_cases(CASES, "parity", agreement=0.25, seed=1)
+    assert chosen == select_cases(CASES, "parity", mix=0.25, seed=0)
+    assert chosen != select_cases(CASES, "parity", mix=0.25, seed=1)
 
 
 def test_a_draw_does_not_depend_on_the_order_and_a_smaller_one_is_part_of_it() -> None:
