@@ -35,7 +35,7 @@ from mpa_edge.errors import InputError
 from mpa_edge.labelled import Questions, read_questions
 from mpa_edge.records import write_atomic, write_rows
 from mpa_edge.runtime import available_cores
-from mpa_edge.tasks import Task, task_named
+from mpa_edge.tasks import Task, task_named, task_of_bundle
 
 REPORT, RAW_ROWS = "report.json", "raw.jsonl"
 
@@ -108,14 +108,14 @@ def task_of(config: BenchConfig, variants: Sequence[Variant]) -> Task:
     if config.task:
         return task_named(config.task)
     bundles = [Path(variant.spec) for variant in variants if (Path(variant.spec) / MANIFEST).is_file()]
-    names = {name for name in (read_bundle(path).source.task for path in bundles) if name}
-    if len(names) != 1:
+    tasks = {task for task in map(task_of_bundle, map(read_bundle, bundles)) if task}
+    if len(tasks) != 1:
         raise InputError(
-            f"--task is needed: the bundles were made for different tasks ({', '.join(sorted(names))})"
-            if names
+            f"--task is needed: the bundles were made for different tasks ({', '.join(sorted(t.name for t in tasks))})"
+            if tasks
             else "--task is needed: no bundle says which task it was made for"
         )
-    return task_named(names.pop())
+    return tasks.pop()
 
 
 def report_of(

@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from mpa_edge.benchmarks.world import POOL_SEEDS, TEST_SEEDS, World, draw_picture
+from mpa_edge.benchmarks.world import POOL_SEEDS, TEST_SEEDS, VALIDATION_SEEDS, World, draw_picture
 from mpa_edge.benchmarks.world_questions import ask
 
 TEACHER = Path(__file__).parent / "reference" / "teacher"
@@ -34,17 +34,30 @@ def write_test(folder: str | Path, n: int = 1500) -> Path:
 
     Rows: `id`, `image` (relative to the file), `question`, `answers`, `kind`, and `group` (read, chart or describe).
     """
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    return write_questions(Path(folder) / "test.jsonl", _first(TEST_SEEDS, n), World.TARGET)
+
+
+def write_validation(folder: str | Path, n: int = 1500) -> Path:
+    """As `write_test`, from seeds of its own: the labelled questions on which settings may be chosen."""
+    return write_questions(Path(folder) / "validation.jsonl", _first(VALIDATION_SEEDS, n), World.TARGET)
+
+
+def write_home(folder: str | Path, n: int = 1500) -> Path:
+    """As `write_test`, from the narrow domain that the student was trained in: what it could forget."""
+    return write_questions(Path(folder) / "home.jsonl", _first(TEST_SEEDS, n), World.NARROW)
+
+
+def write_questions(path: Path, seeds: range, world: World) -> Path:
+    """Write one question about each seed's picture to `path`, and the pictures to `images/` beside it; the path."""
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for seed in _first(TEST_SEEDS, n):
-        picture = draw_picture(seed, World.TARGET)
-        question = ask(picture.facts, random.Random(f"question-{seed}"), World.TARGET.value)
-        name = f"test-{seed - TEST_SEEDS.start:05d}"
-        picture.image.save(folder / "images" / f"{name}.png", compress_level=1)
+    for number, seed in enumerate(seeds):
+        picture = draw_picture(seed, world)
+        question = ask(picture.facts, random.Random(f"question-{seed}"), world.value)
+        name = f"{path.stem}-{number:05d}"
+        picture.image.save(path.parent / "images" / f"{name}.png", compress_level=1)
         row = {"id": name, "image": f"images/{name}.png", "question": question.text, "answers": [question.answer]}
         rows.append(json.dumps(row | {"kind": question.kind, "group": question.group}))
-    path = folder / "test.jsonl"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
 

@@ -2,7 +2,8 @@
 
 `draw_picture(seed, world)` is deterministic: a seed gives the same pixels, questions and answers on every machine.
 Three worlds: BROAD is everything, the teacher's training; NARROW is the student's training; TARGET is the domain of the
-unlabeled pool and of the labelled test, which only the teacher has seen. Seeds of the three uses never meet.
+unlabeled pool and of the labelled test, which only the teacher has seen. Seeds of the four uses
+never meet.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mpa_edge.benchmarks.world_signs import WORDS, draw_sign
 
 TRAIN_SEEDS = range(0, 10_000_000)
 POOL_SEEDS = range(20_000_000, 21_000_000)
+VALIDATION_SEEDS = range(25_000_000, 26_000_000)
 TEST_SEEDS = range(30_000_000, 31_000_000)
 
 

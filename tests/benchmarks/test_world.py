@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpa_edge.benchmarks.reference import write_pool, write_test
-from mpa_edge.benchmarks.world import LOOKS, POOL_SEEDS, TEST_SEEDS, TRAIN_SEEDS, World, draw_picture
+from mpa_edge.benchmarks.world import LOOKS, POOL_SEEDS, TEST_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, World, draw_picture
 from mpa_edge.benchmarks.world_canvas import COLOURS, SIZE
 from mpa_edge.benchmarks.world_dense import GRID, HEADS, dense_labels, draw_soup
 from mpa_edge.benchmarks.world_questions import FORMS, PHRASINGS, ask
@@ -35,7 +35,7 @@ def test_a_seed_gives_the_same_picture_and_facts(world: World) -> None:
 
 
 def test_seeds_of_training_pool_and_test_never_meet() -> None:
-    ranges = sorted((TRAIN_SEEDS, POOL_SEEDS, TEST_SEEDS), key=lambda seeds: seeds.start)
+    ranges = sorted((TRAIN_SEEDS, POOL_SEEDS, VALIDATION_SEEDS, TEST_SEEDS), key=lambda seeds: seeds.start)
     assert all(before.stop <= after.start for before, after in itertools.pairwise(ranges))
     assert len(TEST_SEEDS) >= 1500
     assert LOOKS[World.TARGET].spelled == 0

@@ -1,0 +1,174 @@
+"""Which ingredient of the alignment earns its place: every row of a table, trained and scored on the reference pair.
+
+    python -m mpa_edge.benchmarks.ablation run --seed 0        one seed's rows; resumes; seeds may run side by side
+    python -m mpa_edge.benchmarks.ablation table               the table of what is there
+
+Settings were chosen with `--split validation`; `--split test` was then run once, and its table is what
+`benchmarks/results/ablation.md` shows. Every row is the real `align`, on one pool; a model that was asked the same
+question by an earlier row is not asked again (`MemoVlm`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpa_edge.align import align_models
+from mpa_edge.answers import metric_named
+from mpa_edge.benchmarks.ablation_rows import TRIALS, Trial
+from mpa_edge.benchmarks.agreement import answers_of
+from mpa_edge.benchmarks.memo import MemoVlm
+from mpa_edge.benchmarks.reference import STUDENT, TEACHER, write_home, write_pool, write_test, write_validation
+from mpa_edge.config import AlignConfig
+from mpa_edge.labelled import read_questions
+from mpa_edge.models import open_vlm
+from mpa_edge.records import write_atomic
+from mpa_edge.runtime.vlm import Vlm
+from mpa_edge.tasks import task_named
+
+POOL, QUESTIONS = 1500, 1500
+TASK = "reference"
+OUT = Path("runs/ablation")
+METRICS = (task_named(TASK).metric, "containment")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+class Split(str, Enum):
+    """Where the rows are scored: settings are chosen on the first, reported on the second."""
+
+    validation = "validation"
+    test = "test"
+
+
+@app.command()
+def run(
+    seed: Annotated[int, typer.Option(min=0, help="Of questions, selection and training.")] = 0,
+    split: Annotated[Split, typer.Option(help="Where to score.")] = Split.test,
+    out: Annotated[Path, typer.Option(help="Folder of pictures, runs and scores.")] = OUT,
+    only: Annotated[str, typer.Option(help="Rows whose name holds this text.")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+) -> None:
+    """Train and score the rows of one seed, those that are not there yet."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    data = write_data(out, split)
+    folder = out / f"seed-{seed}"
+    student = open_vlm(str(STUDENT), batch_size=64)
+    asked = MemoVlm(student, folder / "student.jsonl")
+    teacher = MemoVlm(open_vlm(str(TEACHER), batch_size=64), folder / "teacher.jsonl")
+    for name, vlm in (("teacher", teacher), ("student", asked)):
+        _once(folder / f"{name}.{split.value}.json", lambda vlm=vlm: {"scores": scores_of(vlm, data)})
+    for trial in (trial for trial in TRIALS if only in trial.name):
+        path = folder / f"{slug(trial.name)}.{split.value}.json"
+        _once(path, lambda trial=trial: run_trial(trial, seed, folder, teacher, asked, data))
+        typer.echo(f"seed {seed}  {trial.name:32} {mean(read(path)['scores'][split.value][METRICS[0]]):.1%}")
+
+
+def run_trial(trial: Trial, seed: int, folder: Path, teacher: Vlm, asked: Vlm, data: dict[str, Path]) -> dict[str, Any]:
+    """Align as the row says, and score the student; `quantized` holds the scores of its bundle."""
+    run_folder = folder / slug(trial.name)
+    config = AlignConfig(
+        images=str(folder.parent / "pool"),
+        teacher=str(TEACHER),
+        student=str(STUDENT),
+        task=TASK,
+        out=run_folder,
+        seed=seed,
+        ask=str(bundle_of(STUDENT, folder / "base", trial.quant)) if trial.ask and trial.quant else None,
+        **trial.settings,
+    )
+    student = open_vlm(str(STUDENT), batch_size=64)
+    if config.ask:
+        asked = MemoVlm(open_vlm(config.ask), folder / "bundle.jsonl")
+    result = align_models(config, teacher, student, asked=asked)
+    found = {"training": result.training, "metrics": result.metrics, "scores": scores_of(student, data)}
+    if trial.quant:
+        bundle = open_vlm(str(bundle_of(run_folder, run_folder / "bundles", trial.quant)))
+        found["quantized"] = scores_of(bundle, {name: path for name, path in data.items() if name != "home"})
+        bundle.close()
+        shutil.rmtree(run_folder / "merged", ignore_errors=True)
+    return found
+
+
+def bundle_of(source: Path, out: Path, quant: str) -> Path:
+    """The ONNX bundle of a run or a model, made if it is not there."""
+    from mpa_edge.export.build import export
+
+    made = out / f"onnx-{quant}"
+    return made if (made / "bundle.json").is_file() else export(source, "onnx", [quant], out)[0]
+
+
+def scores_of(vlm: Vlm, data: dict[str, Path]) -> dict[str, dict[str, list[float]]]:
+    """Per data set and metric the score of each question, in order."""
+    task, found = task_named(TASK), {}
+    for name, path in data.items():
+        questions = read_questions(path)
+        answers = answers_of(vlm, questions, task)
+        found[name] = {
+            metric: [metric_named(metric)(text, item.answers) for text, item in zip(answers, questions, strict=True)]
+            for metric in METRICS
+        }
+    return found
+
+
+def write_data(out: Path, split: Split) -> dict[str, Path]:
+    """The labelled files by name: the split, and the student's home domain. The pool is written too."""
+    if not (out / "pool").is_dir():
+        write_pool(out / "pool", POOL)
+    paths = {split.value: out / split.value / f"{split.value}.jsonl", "home": out / "home" / "home.jsonl"}
+    writers = {"validation": write_validation, "test": write_test, "home": write_home}
+    for name, path in paths.items():
+        if not path.is_file():
+            writers[name](path.parent, QUESTIONS)
+    return paths
+
+
+@app.command()
+def table(
+    split: Annotated[Split, typer.Option(help="Where the rows were scored.")] = Split.test,
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = OUT,
+    results: Annotated[Path | None, typer.Option(help="Folder for ablation.md and ablation.json.")] = None,
+) -> None:
+    """Print the table of all seeds that are there; `--results` also writes it as Markdown and JSON."""
+    from mpa_edge.benchmarks.ablation_table import collect, markdown
+
+    found = collect(out, split.value)
+    text = markdown(found)
+    typer.echo(text)
+    if results:
+        write_atomic(results / "ablation.md", text)
+        write_atomic(results / "ablation.json", json.dumps(found, indent=1) + "\n")
+
+
+def slug(name: str) -> str:
+    """A row's name as a file name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one value."""
+    return sum(values) / len(values)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a JSON file."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _once(path: Path, make: Any) -> None:
+    if not path.is_file():
+        write_atomic(path, json.dumps(make()))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,171 @@
+"""Scores of all seeds to one table: accuracy with intervals, the gap closed, what was forgotten, paired differences."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mpa_edge.benchmarks.ablation_rows import TRIALS, default_of
+from mpa_edge.benchmarks.host import host
+from mpa_edge.benchmarks.stats import mean_interval, paired_difference
+from mpa_edge.errors import InputError
+from mpa_edge.labelled import read_questions
+from mpa_edge.tasks import task_named
+
+TASK = "reference"
+# The student knows a kind of question from this accuracy on; what it loses there was forgotten.
+KNOWN = 0.8
+# What the default is compared with, and what each ingredient is.
+PAIRS = (
+    ("random, of the default's size", "default"),
+    ("parity, the paper's match", "default"),
+    ("all pseudo-labels", "default"),
+    ("random, of parity's size", "parity, the official match"),
+    ("parity, the paper's match", "parity, the official match"),
+    ("parity, the official match", "+ short targets"),
+    ("+ short targets", "+ votes (3)"),
+    ("+ short targets", "+ blind check"),
+    ("+ short targets", "+ several questions"),
+    ("+ several questions", "+ agreement mix"),
+    ("+ agreement mix", "+ two rounds"),
+    ("default, as its q4 bundle", "default, deployment-aware at q4, as its q4 bundle"),
+)
+
+Scores = list[list[float]]  # per seed, per question
+
+
+def collect(out: Path, split: str) -> dict[str, Any]:
+    """The table as JSON: `rows` and `paired`, over the seeds that have every row they began."""
+    from mpa_edge.benchmarks.ablation import slug
+
+    seeds = sorted(out.glob("seed-*"), key=lambda path: int(path.name.partition("-")[2]))
+    if not seeds:
+        raise InputError(f"--out {out}: no seed has been run; see python -m mpa_edge.benchmarks.ablation run --help")
+    questions = read_questions(out / split / f"{split}.jsonl")
+    kinds = [item.kind for item in questions]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in ("teacher", "student", *(trial.name for trial in TRIALS)):
+        paths = [seed / f"{slug(name)}.{split}.json" for seed in seeds]
+        found[name] = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    metric = task_named(TASK).metric
+    for trial in TRIALS:
+        quantized = [{**one, "scores": one["quantized"]} for one in found[trial.name] if one.get("quantized")]
+        if trial.quant and quantized:
+            found[f"{trial.name}, as its {trial.quant} bundle"] = quantized
+    table = {name: [one["scores"][split][metric] for one in runs] for name, runs in found.items() if runs}
+    base = _per_question(table["student"])
+    ends = tuple(_mean(_per_question(table[name])) for name in ("student", "teacher"))
+    return {
+        "schema": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": host(),
+        "split": split,
+        "questions": len(questions),
+        "metric": metric,
+        "defaults": default_of(),
+        "rows": [_row(name, found[name], scores, metric, split, kinds, base, ends) for name, scores in table.items()],
+        "paired": [_pair(a, b, table[a], table[b]) for a, b in PAIRS if a in table and b in table],
+    }
+
+
+def _row(
+    name: str,
+    runs: Sequence[dict[str, Any]],
+    scores: Scores,
+    metric: str,
+    split: str,
+    kinds: Sequence[str],
+    base: Sequence[float],
+    ends: tuple[float, ...],
+) -> dict[str, Any]:
+    """`forgotten`: of the questions that the student had right, the share that is wrong now. `known_kinds`: accuracy on
+    the kinds that it knew. `home`: accuracy in the domain that it was trained in."""
+    per_question = _per_question(scores)
+    estimate = mean_interval(per_question)
+    assert estimate is not None
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    base_by_kind: dict[str, list[float]] = defaultdict(list)
+    for kind, score, before in zip(kinds, per_question, base, strict=True):
+        by_kind[kind].append(score)
+        base_by_kind[kind].append(before)
+    known = [score for kind, values in base_by_kind.items() if _mean(values) >= KNOWN for score in by_kind[kind]]
+    had = [score for score, before in zip(per_question, base, strict=True) if before >= 0.5]
+    home = [_mean(one["scores"]["home"][metric]) for one in runs if "home" in one["scores"]]
+    sizes = [sum(one["training"].values()) for one in runs if "training" in one]
+    return {
+        "name": name,
+        "seeds": len(scores),
+        "train_samples": round(_mean(sizes)) if sizes else None,
+        "accuracy": round(estimate.value, 5),
+        "ci95": [round(estimate.low, 5), round(estimate.high, 5)],
+        "accuracy_by_seed": [round(_mean(one), 5) for one in scores],
+        "containment": round(_mean([_mean(one["scores"][split]["containment"]) for one in runs]), 5),
+        "gap_closed": round((estimate.value - ends[0]) / (ends[1] - ends[0]), 5),
+        "forgotten": round(1 - _mean(had), 5),
+        "known_kinds": round(_mean(known), 5) if known else None,
+        "home": round(_mean(home), 5) if home else None,
+        "by_kind": {kind: round(_mean(values), 4) for kind, values in sorted(by_kind.items())},
+    }
+
+
+def _pair(a: str, b: str, first: Scores, second: Scores) -> dict[str, Any]:
+    """`b` minus `a` on the same questions, over the seeds that both have; the interval resamples questions."""
+    both = min(len(first), len(second))
+    found = paired_difference(_per_question(first[:both]), _per_question(second[:both]))
+    assert found is not None
+    deltas = [round(_mean(y) - _mean(x), 5) for x, y in zip(first, second, strict=False)]
+    return {
+        "a": a,
+        "b": b,
+        "delta": round(found.value, 5),
+        "ci95": [round(found.low, 5), round(found.high, 5)],
+        "delta_by_seed": deltas,
+        "seeds": both,
+    }
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = [
+        f"# What each ingredient is worth ({found['split']}, {found['questions']:,} questions, reference pair)",
+        "",
+        f"Made by `python -m mpa_edge.benchmarks.ablation` on {found['created'][:10]}, {found['host']['cpu']}, "
+        f"{found['host']['cores']} cores. Accuracy is `{found['metric']}`, the mean over the seeds; intervals resample "
+        "questions (95%). *Forgotten*: of the questions that the student had right, the share that it has wrong now. "
+        f"*Known kinds*: accuracy on the kinds of which the student had {KNOWN:.0%} right or more. *Home*: accuracy in "
+        "the domain that the student was trained in, which the pool does not show.",
+        "",
+        "| | training rows | accuracy | containment | gap closed | forgotten | known kinds | home |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in found["rows"]:
+        cells = (
+            row["name"],
+            "" if row["train_samples"] is None else f"{row['train_samples']:,}",
+            f"{row['accuracy']:.1%} ({row['ci95'][0]:.1%}–{row['ci95'][1]:.1%})",
+            f"{row['containment']:.1%}",
+            f"{row['gap_closed']:.0%}",
+            f"{row['forgotten']:.1%}",
+            "" if row["known_kinds"] is None else f"{row['known_kinds']:.1%}",
+            "" if row["home"] is None else f"{row['home']:.1%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| difference, in points | mean | 95% interval | by seed |", "|:--|--:|:--|:--|"]
+    for pair in found["paired"]:
+        seeds = ", ".join(f"{100 * delta:+.1f}" for delta in pair["delta_by_seed"])
+        low, high = (f"{100 * value:+.1f}" for value in pair["ci95"])
+        lines.append(f"| {pair['b']} against {pair['a']} | {100 * pair['delta']:+.1f} | {low} to {high} | {seeds} |")
+    return "\n".join(lines) + "\n"
+
+
+def _per_question(scores: Scores) -> list[float]:
+    """The mean over the seeds of each question's score."""
+    return [_mean(values) for values in zip(*scores, strict=True)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
