@@ -16,7 +16,7 @@ from mpa_edge.export.workshop import Workshop
 from mpa_edge.models import ADAPTER, base_of
 from mpa_edge.records import write_atomic
 from mpa_edge.run_folder import RUN, RunFolder, read_run
-from mpa_edge.tasks import Task, task_named
+from mpa_edge.tasks import Task, task_of_run
 
 Progress = Callable[[str], None]
 
@@ -80,7 +80,7 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
     if not (adapter / ADAPTER).is_file():
         raise InputError(f"{run} has no trained student yet; finish it with mpa-edge align")
     config = content.get("config", {})
-    task = task_named(config["task"]) if config.get("task") else None
+    task = task_of_run(content)
     folder, checks = _merge_once(run, adapter, progress)
     base = _model_name(base_of(adapter))
     return Merged(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # One question with one answer may make up this share of a run's annotations; rarer ones are never too many.
 PAIR_SHARE = 0.05
 # Settings that may differ when a run goes on.
-NOT_SHAPING = ("images", "teacher", "student", "out", "fresh", "batch_size", "device")
+NOT_SHAPING = ("images", "teacher", "student", "task", "out", "fresh", "batch_size", "device")
 
 
 # What the last stage needs is asked for before the first one starts.
@@ -120,8 +120,8 @@ def _align(
         "teacher": {"name": teacher.name, **teacher.describe()},
         "student": {"name": student.name, **student.describe()},
     }
-    _refuse_other_settings(run, {"config": config.to_json(), **models})
-    log = RunLog(run.path / RUN, config=config.to_json(), **models)
+    _refuse_other_settings(run, {"config": config.to_json(), "task": task.to_json(), **models})
+    log = RunLog(run.path / RUN, config=config.to_json(), task=task.to_json(), **models)
     samples, skipped = _scan(config, run, log)
     annotations = _annotate(config, run, log, teacher, samples, task)
     cases = _identify(config, run, log, teacher, student, samples, annotations, task)
@@ -151,10 +151,10 @@ def _refuse_other_settings(run: RunFolder, now: dict[str, Any]) -> None:
 
 
 def _shaping(content: dict[str, Any]) -> dict[str, Any]:
-    """What of a `run.json` shapes the results. Pictures and models count by what they are, not by their paths."""
+    """What of a `run.json` shapes the results. Pictures, models and the task count by what they are, not by paths."""
     config, models = content.get("config", {}), ("teacher", "student")
     flags = {f"--{name.replace('_', '-')}": value for name, value in config.items() if name not in NOT_SHAPING}
-    return flags | {side: {**content.get(side, {}), "name": None} for side in models}
+    return flags | {"--task": content.get("task")} | {side: {**content.get(side, {}), "name": None} for side in models}
 
 
 def _refuse_other_pictures(run: RunFolder, samples: Sequence[Sample]) -> None:

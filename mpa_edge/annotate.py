@@ -34,8 +34,9 @@ def annotate(
 ) -> None:
     """Write a part of `Annotation` rows for every chunk of samples; resumes.
 
-    The teacher is asked `questions` times about each picture, with another seed each time: at temperature 0 it would
-    write the same again. Rejected texts are rows too, with the reason.
+    The teacher is asked `questions` times about each picture, with the next of the task's prompts and another seed each
+    time: with one prompt and at temperature 0 it would write the same again. Rejected texts are rows too, with the
+    reason.
     """
     decodings = [
         Decoding(max_new_tokens=QUESTION_TOKENS + task.max_new_tokens, temperature=temperature, seed=seed + number)
@@ -45,7 +46,7 @@ def annotate(
         "stage": "annotate",
         "rules": RULES,
         "teacher": teacher.describe(),
-        "prompt": task.annotate_prompt,
+        "prompts": task.annotate_prompts,
         "max_answer_words": task.max_answer_words,
         "decodings": [asdict(decoding) for decoding in decodings],
     }
@@ -64,8 +65,10 @@ def annotate_chunk(
 ) -> list[Annotation]:
     """The annotations of some pictures, picture by picture."""
     paths = [Path(sample.path) for sample in samples]
-    prompts = [task.annotate_prompt] * len(samples)
-    rounds = [ask(teacher, paths, prompts, decoding) for decoding in decodings]
+    rounds = [
+        ask(teacher, paths, [task.prompt_about(sample.id, number) for sample in samples], decoding)
+        for number, decoding in enumerate(decodings)
+    ]
     rows = []
     for sample, *texts in zip(samples, *rounds, strict=True):
         rows += annotations_of(sample, texts, task)

@@ -124,7 +124,7 @@ class AlignConfig(Settings):
     @property
     def run(self) -> Path:
         """The run folder: `--out`, or runs/TASK-STUDENT."""
-        return self.out or Path("runs") / f"{self.task}-{Path(self.student.rstrip('/')).name}"
+        return self.out or Path("runs") / f"{Path(self.task).stem}-{Path(self.student.rstrip('/')).name}"
 
 
 def _one_line(error: Any) -> str:
