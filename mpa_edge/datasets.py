@@ -1,4 +1,4 @@
-"""Pictures without labels, for alignment: which files of a folder, a glob or a list can be used, and why others cannot.
+"""Pictures without labels, for alignment: which of a folder, a glob, a list or a table can be used, and why others not.
 
 Questions with labels, for the benchmark, are read by `mpa_edge.labelled`.
 """
@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from mpa_edge.errors import ImageError, InputError
-from mpa_edge.records import Record, Sample, write_rows
-from mpa_edge.runtime.images import MAX_PIXELS, open_image
+from mpa_edge.parts import sweep
+from mpa_edge.records import Record, Sample, write_atomic, write_rows
+from mpa_edge.runtime.images import FORMATS, MAX_PIXELS, open_image
+from mpa_edge.tables import ROWS, Table, open_table, picture_bytes
+
+Progress = Callable[[int, int], object]
 
 # A picture with a shorter edge shows nothing that one could ask about.
 MIN_EDGE = 8
@@ -33,8 +42,9 @@ LIST_SUFFIXES = frozenset((".lst", ".list", ".txt"))
 class Skipped(Record):
     """A file, or a row of a file, that was left out; `reason` is a short stable slug, `detail` is for people.
 
-    For files: `unreadable`, `truncated`, `too_small`, `too_large`, `duplicate` (the detail names the first one),
-    `missing`, `not_an_image` (its name says so; it was not opened).
+    For pictures: `unreadable`, `truncated`, `too_small`, `too_large`, `duplicate` (the detail names the first one),
+    `missing`, `not_an_image` (its name says so; it was not opened), `in_test` (see `mpa_edge.overlap`); in tables also
+    `no_image` and `outside_folder`.
     """
 
     path: str
@@ -46,38 +56,57 @@ def scan_images(
     source: str | Path,
     *,
     min_edge: int = MIN_EDGE,
+    store: Path | None = None,
+    limit: int | None = None,
     cache: Path | None = None,
     workers: int | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[Sample], list[Skipped]]:
-    """The usable pictures of a folder (with its subfolders), a glob, or a text file with one path per line.
+    """The usable pictures of a folder (with its subfolders), a glob, a text file with one path per line, or a table:
+    parquet files and datasets (`mpa_edge.tables`).
 
-    Every picture is decoded. Both results are in the order of the paths; each file that was found is in one of them,
-    but for hidden ones. A sample's id comes from its content and stays when the file moves; of equal files the first
-    one counts. `cache` names a file that remembers the outcome per file, so that the next scan opens only files that
-    are new or changed. `progress` is called with (done, of). Raises `InputError` where there is no usable picture.
+    Every picture is decoded. Both results are in the order of the paths or rows; each file that was found is in one of
+    them, but for hidden ones. A sample's id comes from its content and stays when the file moves; of equal files the
+    first one counts. `cache` names a file that remembers the outcome per file, so that the next scan opens only files
+    that are new or changed. `progress` is called with (done, of).
+
+    The pictures of a table are written to the folder `store`, once, named by their content; after `limit` usable ones
+    the rest of its rows is not looked at. Raises `InputError` where there is no usable picture, and `MissingExtra`.
     """
-    paths, others = _find(source)
-    rules: dict[str, object] = {"min_edge": min_edge, "max_pixels": MAX_PIXELS, "max_bytes": MAX_BYTES}
-    known = _read_cache(cache, rules)
-    checks: list[_Check] = []
+    rules: dict[str, Any] = {"min_edge": min_edge, "max_pixels": MAX_PIXELS, "max_bytes": MAX_BYTES}
+    others: list[Path] = []
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        for check in pool.map(lambda path: _check(path, min_edge, known.get(os.fspath(path))), paths):
-            checks.append(check)
-            if progress:
-                progress(len(checks), len(paths))
+        if table := table_named(source):
+            if store is None:
+                raise InputError(f"--images {source}: a folder for the pictures of a table is needed")
+            rules |= {"table": table.fingerprint, "limit": limit}
+            checks = _read_stored(cache, rules, store)
+            checks = checks or list(_checked_rows(table, store, min_edge, limit, pool, progress))
+        else:
+            paths, others = _find(source)
+            known = {check.path: check for check in _read_cache(cache, rules)}
+            checks = list(_checked_files(paths, known, min_edge, pool, progress))
     if cache:
         write_rows(cache, [rules, *checks])
-    samples, skipped = _drop_duplicates(checks)
+    samples, skipped = _drop_duplicates(checks, store)
     skipped.extend(Skipped(_printable(path), "not_an_image") for path in others)
     if not samples:
         raise InputError(f"--images {source}: no usable picture ({counts_by_reason(skipped) or 'no files'})")
-    return samples, sorted(skipped, key=lambda item: item.path)
+    return samples, skipped if table else sorted(skipped, key=lambda item: item.path)
+
+
+def table_named(source: str | Path) -> Table | None:
+    """The table that `--images` names, None where it names files. A folder with any picture is a folder of pictures."""
+    folder = Path(source).expanduser()
+    if folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in _walk(folder)):
+        return None
+    return open_table(source, "--images", extra="align", split="train")
 
 
 @dataclass(frozen=True)
 class _Check(Record):
-    """What a scan found out about one file, and how to see that the file is still the same."""
+    """What a scan found out about one file, and how to see that the file is still the same; or about one row of a
+    table, whose picture is then the file `stored` in the store."""
 
     path: str
     bytes: int
@@ -85,6 +114,60 @@ class _Check(Record):
     sha256: str
     reason: str | None = None
     detail: str = ""
+    stored: str = ""
+
+
+def _checked_files(
+    paths: list[Path], known: dict[str, _Check], min_edge: int, pool: ThreadPoolExecutor, progress: Progress | None
+) -> Iterator[_Check]:
+    found = pool.map(lambda path: _check(path, min_edge, known.get(os.fspath(path))), paths)
+    for number, check in enumerate(found, 1):
+        yield check
+        if progress:
+            progress(number, len(paths))
+
+
+def _checked_rows(
+    table: Table, store: Path, min_edge: int, limit: int | None, pool: ThreadPoolExecutor, progress: Progress | None
+) -> Iterator[_Check]:
+    """The checks of a table's rows, some rows at a time: what the pool is given at once lies in memory."""
+    store.mkdir(parents=True, exist_ok=True)
+    sweep(store)
+    column = table.picture_column()
+    rows = table.rows([column])
+    done, usable = 0, set[str]()
+    while batch := list(islice(rows, ROWS)):
+        for check, data in pool.map(lambda row: _check_row(row[0], row[1], row[2][column], min_edge), batch):
+            done += 1
+            if check.stored:
+                usable.add(check.sha256)
+                if not _is_there(store / check.stored, check.bytes):
+                    write_atomic(store / check.stored, data)
+            yield check
+            if limit is not None and len(usable) >= limit:
+                return
+        if progress:
+            progress(done, table.count)
+
+
+def _check_row(place: str, root: Path, cell: Any, min_edge: int) -> tuple[_Check, bytes]:
+    try:
+        data = picture_bytes(cell, root, MAX_BYTES)
+        open_image(data, min_edge=min_edge)
+    except ImageError as error:
+        return _Check(place, 0, 0, "", error.reason, error.detail), b""
+    sha256 = hashlib.sha256(data).hexdigest()
+    # The name comes from the content alone: nothing in a row says where we write.
+    return _Check(place, len(data), 0, sha256, stored=sha256 + _suffix(data)), data
+
+
+def _suffix(data: bytes) -> str:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return f".{(image.format or 'img').lower()}"
+
+
+def _is_there(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _find(source: str | Path) -> tuple[list[Path], list[Path]]:
@@ -151,7 +234,7 @@ def _read(path: Path, size: int) -> bytes:
     return path.read_bytes()
 
 
-def _drop_duplicates(checks: Iterable[_Check]) -> tuple[list[Sample], list[Skipped]]:
+def _drop_duplicates(checks: Iterable[_Check], store: Path | None) -> tuple[list[Sample], list[Skipped]]:
     first: dict[str, str] = {}
     samples, skipped = [], []
     for check in checks:
@@ -161,22 +244,28 @@ def _drop_duplicates(checks: Iterable[_Check]) -> tuple[list[Sample], list[Skipp
             skipped.append(Skipped(check.path, "duplicate", f"same content as {first[check.sha256]}"))
         else:
             first[check.sha256] = check.path
-            samples.append(Sample(id=check.sha256[:16], path=check.path, sha256=check.sha256))
+            path = os.fspath(store.absolute() / check.stored) if store and check.stored else check.path
+            samples.append(Sample(id=check.sha256[:16], path=path, sha256=check.sha256))
     return samples, skipped
 
 
-def _read_cache(path: Path | None, rules: dict[str, object]) -> dict[str, _Check]:
+def _read_stored(path: Path | None, rules: dict[str, Any], store: Path) -> list[_Check]:
+    """What an earlier scan of the same table found out, if all of its pictures are still in the store."""
+    checks = _read_cache(path, rules)
+    return checks if all(_is_there(store / check.stored, check.bytes) for check in checks if check.stored) else []
+
+
+def _read_cache(path: Path | None, rules: dict[str, Any]) -> list[_Check]:
     """What an earlier scan by the same rules found out; a cache that cannot be read is none."""
     if path is None or not path.is_file():
-        return {}
+        return []
     try:
         with path.open(encoding="utf-8") as lines:
-            if json.loads(next(lines)) != rules:
-                return {}
-            checks = [_Check.from_json(json.loads(line)) for line in lines]
+            if json.loads(next(lines)) != json.loads(json.dumps(rules)):
+                return []
+            return [_Check.from_json(json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, AttributeError, StopIteration):
-        return {}
-    return {check.path: check for check in checks}
+        return []
 
 
 def _printable(path: Path) -> str:
