@@ -169,7 +169,7 @@ def _refuse_other_pictures(run: RunFolder, samples: Sequence[Sample]) -> None:
 
 def _scan(config: AlignConfig, run: RunFolder, log: RunLog) -> tuple[list[Sample], list[Skipped]]:
     with log.stage("samples") as facts:
-        samples, skipped = scan_images(config.images, cache=run.path / ".scan.jsonl")
+        samples, skipped = scan_images(config.images, store=run.images, cache=run.path / ".scan.jsonl")
         samples = samples[: config.limit]
         _refuse_other_pictures(run, samples)
         write_rows(run.samples, samples)

@@ -3,6 +3,7 @@
     run.json            tool, config as resolved, versions, both models, per-stage counts and timings
     samples.jsonl       the pictures that are used
     skipped.jsonl       the files that are not, each with its reason
+    images/             the pictures of a parquet file or dataset, each under its digest
     annotations/        stage.json + part-00000.jsonl …
     cases/              stage.json + part-00000.jsonl …
     parity.jsonl        the training set
@@ -54,6 +55,11 @@ class RunFolder:
         return self.path / "skipped.jsonl"
 
     @property
+    def images(self) -> Path:
+        """The pictures that came out of a table; those that were files stay where they are."""
+        return self.path / "images"
+
+    @property
     def annotations(self) -> Path:
         """The teacher's pseudo-annotations, in parts."""
         return self.path / "annotations"
@@ -99,7 +105,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what earlier runs left here, and nothing else."""
-        for folder in (self.annotations, self.cases, self.student):
+        for folder in (self.images, self.annotations, self.cases, self.student):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.samples, self.skipped, self.parity, self.audit, self.path / RUN):
             file.unlink(missing_ok=True)
