@@ -8,6 +8,7 @@
         RunLocked                    another process works in it
       ModelError (RuntimeError)      a model cannot be loaded, or does not answer
         UnknownFamily (ValueError)   it has no export
+      BudgetSpent (RuntimeError)     as many requests are sent as the user allowed; the run can go on
       ExportError (RuntimeError)     a check on the way to the bundle failed
       BundleError (ValueError)       a bundle is damaged, or says what it may not say
       MissingExtra (ImportError)     an optional dependency is not installed; names the pip line
@@ -21,6 +22,7 @@ import importlib.util
 from collections.abc import Iterable, Mapping
 
 __all__ = [
+    "BudgetSpent",
     "BundleError",
     "ExportError",
     "FingerprintMismatch",
@@ -87,6 +89,17 @@ class UnknownFamily(ModelError, ValueError):
             f"no export for models of type {model_type!r}; known: {', '.join(sorted(known))}. "
             "It can still be aligned: the adapter works with transformers and peft."
         )
+
+
+class BudgetSpent(MpaEdgeError, RuntimeError):
+    """As many requests are sent to a chat server as the user allowed."""
+
+    def __init__(self, max_requests: int) -> None:
+        super().__init__(
+            f"--max-requests {max_requests} is used up. What is finished is kept: type the same command again to go on "
+            "with as many once more."
+        )
+        self.max_requests = max_requests
 
 
 class ExportError(MpaEdgeError, RuntimeError):

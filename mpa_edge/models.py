@@ -1,48 +1,75 @@
-"""One way to open any model: a transformers folder or hub id, an adapter on its base, an exported bundle, a fake."""
+"""One way to open any model: a transformers folder or hub id, an adapter on its base, a server, a bundle, a fake."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 from mpa_edge.bundle import MANIFEST
 from mpa_edge.errors import InputError, MissingExtra, ModelError
+from mpa_edge.fake import PREFIX, open_fake
 from mpa_edge.runtime.vlm import Vlm
 
+Kind = Literal["transformers", "server", "bundle", "fake"]
+
 ADAPTER = "adapter_config.json"
+SCHEMES = ("http://", "https://")
+# Which kinds a setting fits, with the flag that people type.
+FITS: dict[str, tuple[str, tuple[Kind, ...]]] = {
+    "four_bit": ("--teacher-4bit", ("transformers",)),
+    "longest_edge": ("--teacher-longest-edge or --longest-edge", ("transformers", "server")),
+    "max_requests": ("--max-requests", ("server",)),
+}
 
 
 def open_vlm(
-    spec: str, *, name: str | None = None, device: str = "auto", dtype: str = "auto", batch_size: int = 32
+    spec: str,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 32,
+    four_bit: bool = False,
+    longest_edge: int | None = None,
+    max_requests: int | None = None,
+    concurrency: int = 8,
 ) -> Vlm:
     """Open the model that a spec names.
 
-    A folder with `bundle.json` goes to the runtime, one with `adapter_config.json` is a peft adapter that is put on its
-    base, one with `config.json` is a transformers model; `fake:…` is a fake (see `mpa_edge.fake`); anything else is a
-    hub id. `name` is how reports call the model. `device`, `dtype` and `batch_size` matter to transformers models only.
+    `http(s)://HOST/v1#MODEL` is a chat server (see `mpa_edge.chat_vlm`), `fake:…` a fake (see `mpa_edge.fake`). A
+    folder with `bundle.json` goes to the runtime, one with `adapter_config.json` is a peft adapter that is put on its
+    base, one with `config.json` is a transformers model; anything else is a hub id. `name` is how reports call it.
 
-    Raises `InputError` for a path at which no model lies, `ModelError` for one that cannot be loaded, and
-    `MissingExtra`.
+    `device`, `dtype` and `batch_size` matter to transformers models only and `concurrency` to chat servers only; the
+    others pass them over. The rest changes what a model answers or costs, so it must fit: `four_bit` (weights in NF4)
+    transformers models, `max_requests` chat servers, `longest_edge` (pixels) both.
+
+    Raises `InputError` for a path at which no model lies and for a setting that does not fit, `ModelError` for a model
+    that cannot be loaded or a server that does not answer, and `MissingExtra`.
     """
-    from mpa_edge.fake import PREFIX, open_fake
-
-    if spec.startswith(PREFIX):
+    kind = kind_of(spec)
+    _refuse_what_does_not_fit(kind, spec, four_bit=four_bit, longest_edge=longest_edge, max_requests=max_requests)
+    if kind == "fake":
         return open_fake(spec, name=name)
-    folder = Path(spec).expanduser()
-    if (folder / MANIFEST).is_file():
-        return _open_bundle(folder, name)
-    if folder.is_dir() or spec.startswith((".", "/", "~")):
-        _require_model(folder, spec)
-    try:
-        from mpa_edge.transformers_vlm import TransformersVlm
-    except ImportError as error:
-        raise MissingExtra(error.name or "transformers", "torch") from error
-    if (folder / ADAPTER).is_file():
-        return TransformersVlm.load(
-            base_of(folder), adapter=folder, name=name or folder.name, device=device, dtype=dtype, batch_size=batch_size
+    if kind == "bundle":
+        return _open_bundle(Path(spec).expanduser(), name)
+    if kind == "server":
+        return _open_server(
+            spec, name=name, longest_edge=longest_edge, max_requests=max_requests, concurrency=concurrency
         )
-    where = str(folder) if folder.is_dir() else spec
-    return TransformersVlm.load(where, name=name, device=device, dtype=dtype, batch_size=batch_size)
+    return _open_transformers(
+        spec, name, device=device, dtype=dtype, batch_size=batch_size, four_bit=four_bit, longest_edge=longest_edge
+    )
+
+
+def kind_of(spec: str) -> Kind:
+    """What would answer: decided by the spec and by what lies there, before anything is loaded."""
+    if spec.startswith(PREFIX):
+        return "fake"
+    if spec.lower().startswith(SCHEMES):
+        return "server"
+    return "bundle" if (Path(spec).expanduser() / MANIFEST).is_file() else "transformers"
 
 
 def base_of(adapter: Path) -> str:
@@ -64,6 +91,37 @@ def base_of(adapter: Path) -> str:
     if base.startswith(("/", ".")) and not Path(base).is_dir():
         raise ModelError(f"{path} names the base model {base}, which is not there")
     return base
+
+
+def _refuse_what_does_not_fit(kind: Kind, spec: str, **typed: Any) -> None:
+    for setting, value in typed.items():
+        flag, kinds = FITS[setting]
+        if value and kind not in kinds:
+            # An address may hold what should not be printed.
+            who = "a chat server" if kind == "server" else f"{spec} (a {kind})"
+            raise InputError(f"{flag} is for {' and '.join(kinds)} models only and does not go with {who}")
+
+
+def _open_transformers(spec: str, name: str | None, **settings: Any) -> Vlm:
+    folder = Path(spec).expanduser()
+    settings = {key: value for key, value in settings.items() if value}
+    if folder.is_dir() or spec.startswith((".", "/", "~")):
+        _require_model(folder, spec)
+    try:
+        from mpa_edge.transformers_vlm import TransformersVlm
+    except ImportError as error:
+        raise MissingExtra(error.name or "transformers", "torch") from error
+    if (folder / ADAPTER).is_file():
+        return TransformersVlm.load(base_of(folder), adapter=folder, name=name or folder.name, **settings)
+    return TransformersVlm.load(str(folder) if folder.is_dir() else spec, name=name, **settings)
+
+
+def _open_server(spec: str, **settings: Any) -> Vlm:
+    try:
+        from mpa_edge.chat_vlm import ChatVlm
+    except ImportError as error:
+        raise MissingExtra(error.name or "openai", "align") from error
+    return ChatVlm.load(spec, **settings)
 
 
 def _open_bundle(folder: Path, name: str | None) -> Vlm:

@@ -1,0 +1,86 @@
+"""What goes over the wire to a chat server: a picture and a prompt as a request, and its reply as an answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+from PIL import Image
+
+from mpa_edge.runtime.vlm import Answer, Decoding
+
+# Small pictures travel without loss: in 200 pixels of a chart, JPEG's artefacts are as large as its digits. A photo of
+# 12 megapixels would take 20 MB that way; at this quality and without chroma subsampling it takes 5.
+PNG_PIXELS = 512 * 512
+JPEG_QUALITY = 95
+ENCODING = {"png_up_to_pixels": PNG_PIXELS, "jpeg_quality": JPEG_QUALITY, "jpeg_subsampling": "4:4:4"}
+
+
+def request_of(
+    model: str, host: str, image: Image.Image, prompt: str, decoding: Decoding, longest_edge: int | None
+) -> dict[str, Any]:
+    """The arguments of `chat.completions.create` for one question about one picture, as one user turn."""
+    picture = {"type": "image_url", "image_url": {"url": data_url(image, longest_edge)}}
+    text = {"type": "text", "text": prompt}
+    # Some hosts refuse what they do not know, so nothing is sent that does not matter.
+    chance = {"top_p": decoding.top_p, "seed": decoding.seed} if decoding.temperature > 0 else {}
+    # OpenAI's newer models refuse the old name, which everybody else has.
+    limit = "max_completion_tokens" if host.endswith("openai.com") else "max_tokens"
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": [picture, text]}],
+        "temperature": decoding.temperature,
+        limit: decoding.max_new_tokens,
+        **chance,
+    }
+
+
+def data_url(image: Image.Image, longest_edge: int | None) -> str:
+    """An RGB picture as it is sent: scaled down if it must be, PNG up to `PNG_PIXELS`, JPEG above."""
+    if longest_edge is not None and max(image.size) > longest_edge:
+        scale = longest_edge / max(image.size)
+        size = tuple(max(1, round(edge * scale)) for edge in image.size)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    small = image.width * image.height <= PNG_PIXELS
+    file = io.BytesIO()
+    image.save(file, "PNG") if small else image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def answer_of(completion: Any) -> Answer:
+    """What a reply says. Servers differ in what they leave out, and the client checks nothing."""
+    choices = getattr(completion, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        told = getattr(completion, "error", None)
+        return failed(f"the server's reply holds no answer{f': {told}' if told else ''}")
+    message = getattr(choices[0], "message", None)
+    finish = getattr(choices[0], "finish_reason", None)
+    refusal = getattr(message, "refusal", None)
+    text = text_of(getattr(message, "content", None))
+    if finish == "content_filter":
+        return failed("stopped by the server's content filter")
+    if refusal and not text:
+        return failed(f"refused: {refusal}")
+    if finish == "error" or (text is None and finish != "length"):
+        return failed("the server's reply holds no text")
+    usage = getattr(completion, "usage", None)
+    prompt_tokens = getattr(usage, "prompt_tokens", None)
+    return Answer(
+        text=(text or "").strip(),
+        prompt_tokens=prompt_tokens if isinstance(prompt_tokens, int) else None,
+        finish_reason="length" if finish == "length" else "stop",
+    )
+
+
+def text_of(content: Any) -> str | None:
+    """The text of a message: a string, or the text parts of a list."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str)) if any(texts) else None
+    return content if isinstance(content, str) else None
+
+
+def failed(reason: str) -> Answer:
+    """The answer to what could not be answered."""
+    return Answer("", finish_reason="error", error=reason)

@@ -1,0 +1,298 @@
+"""A chat server behind the `Vlm` interface: vLLM, SGLang, llama-server, or any host that speaks chat completions.
+
+What can go wrong ends in one of three ways:
+
+    this picture's fault    refused, filtered, too large, a reply that cannot be read    `Answer.error`, the run goes on
+    the server's fault      down, overloaded, wrong key, unknown model                   `ModelError` at once
+    the budget is spent     `max_requests` are sent                                      `BudgetSpent` at once
+
+What may pass by itself (429, 5xx, a lost connection, a time-out) the `openai` client tries again first: after 0.5, 1,
+2, 4 and then every 8 seconds, or when the server's Retry-After says (up to two minutes).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from PIL import Image
+
+from mpa_edge.chat_messages import ENCODING, answer_of, failed, request_of
+from mpa_edge.errors import BudgetSpent, InputError, ModelError
+from mpa_edge.models import SCHEMES
+from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding, Timings
+
+# Our own name comes first, so that the key of a server of one's own need not displace the one for OpenAI. Set to
+# nothing, it keeps OPENAI_API_KEY at home.
+KEYS = ("MPA_EDGE_API_KEY", "OPENAI_API_KEY")
+CONNECT_SECONDS = 10.0
+# How long a server may take to say that it is there.
+ALIVE_SECONDS = 30.0
+# So many failed requests in a row, without one answer, are the server's fault and not the pictures'.
+FAILED_IN_A_ROW = 8
+AGAIN = "What is finished is kept: type the same command again to go on."
+# Answers that no other picture would change.
+CURES = {
+    401: f"Put a key that it accepts into {KEYS[0]} or {KEYS[1]}.",
+    402: "The account behind the key has to be topped up.",
+    403: f"The key in {KEYS[0]} or {KEYS[1]} may not use this model.",
+    404: "Name a model that it serves after the #, and check the address: most end in /v1.",
+    429: "Lower --concurrency, or wait.",
+    502: "Is the model behind it running?",
+    503: "Is it still loading, or overloaded? Then lower --concurrency, or wait.",
+    504: "Is it overloaded? Then lower --concurrency, or wait.",
+}
+MODERATED = re.compile(r"moderation|flagged|content.?(policy|filter)", re.IGNORECASE)
+
+
+class ChatVlm:
+    """A model on a chat server. `name` is the model's id without its owner, unless the caller has a better one."""
+
+    engine = "chat"
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        name: str | None = None,
+        longest_edge: int | None = None,
+        max_requests: int | None = None,
+        concurrency: int = 8,
+        max_retries: int = 8,
+        timeout: float = 180.0,
+    ) -> None:
+        """Talk to the server at `url` (with its /v1), from the first question on; `InputError` as `parse_spec`.
+
+        Pictures whose longer edge exceeds `longest_edge` pixels are scaled down before they are sent. `max_requests`
+        caps what is sent, for questions, by this object: attempts that failed count, as they may be billed too.
+        `timeout` is in seconds and for one attempt. The key comes from the environment (`KEYS`).
+        """
+        self.model = model
+        self.name = name or model.rsplit("/", 1)[-1]
+        self.longest_edge = longest_edge
+        self.max_requests = max_requests
+        self.concurrency = concurrency
+        # As many pictures as a caller should have open at once: more than are on their way, so that none waits long.
+        self.batch_size = 2 * concurrency
+        self.sent = 0
+        self._url, _ = parse_spec(url)
+        self._host = urlsplit(self._url).hostname or ""
+        self._key = api_key()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._failed = 0
+        self._client = openai.OpenAI(
+            base_url=self._url,
+            api_key=self._key or "none",  # the client insists on one, a server of one's own rarely does
+            timeout=openai.Timeout(timeout, connect=CONNECT_SECONDS),
+            max_retries=max_retries,
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._count]}),
+        )
+
+    @classmethod
+    def load(cls, spec: str, **settings: Any) -> ChatVlm:
+        """The model that `http(s)://HOST/v1#MODEL` names; without `#MODEL`, the only one that the server has.
+
+        Raises `ModelError` when no server answers there or it refuses the key, and `InputError` for an address that
+        cannot be used or a server of several models. `settings` are the constructor's.
+        """
+        url, model = parse_spec(spec)
+        vlm = cls(url, model, **settings)
+        try:
+            served = vlm.served()
+            if not model:
+                vlm.model = _only(served, url)
+                vlm.name = settings.get("name") or vlm.model.rsplit("/", 1)[-1]
+        except BaseException:
+            vlm.close()
+            raise
+        return vlm
+
+    def served(self) -> list[str] | None:
+        """The ids of the server's models, None where it has no list; `ModelError` when it cannot be talked to."""
+        try:
+            found = self._models()
+        except openai.APIConnectionError as error:
+            raise self._broken(f"no answer ({_root(error)})", "Start the server, or check the address.") from error
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 402, 403):
+                raise self._broken(self._reason(error), CURES[error.status_code]) from error
+            return None
+        except ValueError:  # not JSON
+            return None
+        entries = found.get("data") if isinstance(found, dict) else None
+        if not isinstance(entries, list):
+            return None
+        return [str(entry["id"]) for entry in entries if isinstance(entry, dict) and entry.get("id")]
+
+    def answer(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Answer]:
+        """As `Vlm.answer`, `concurrency` requests at a time. The time of an answer is from the first attempt to the
+        end. After an error that ends the call, nothing new is sent; requests on their way are waited for."""
+        if len(images) != len(prompts):
+            raise InputError(f"{len(images)} pictures and {len(prompts)} prompts")
+        self._stopped.clear()
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="chat") as pool:
+            futures = [pool.submit(self._ask, *pair, decoding) for pair in zip(images, prompts, strict=True)]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for error in filter(None, (future.exception() for future in done)):
+                    raise error
+                return [future.result() for future in futures]
+            except BaseException:  # Ctrl-C too
+                self._stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def describe(self) -> dict[str, Any]:
+        """As `Vlm.describe`. The port is left out: a server may come back on another one."""
+        return {
+            "engine": self.engine,
+            "host": self._host,
+            "model": self.model,
+            "image": {"longest_edge": self.longest_edge, **ENCODING},
+        }
+
+    def close(self) -> None:
+        """Close the connections. Safe to call twice."""
+        self._client.close()
+
+    def _ask(self, image: Image.Image, prompt: str, decoding: Decoding) -> Answer:
+        request = request_of(self.model, self._host, image, prompt, decoding, self.longest_edge)
+        started = time.perf_counter()
+        try:
+            answer = answer_of(self._client.chat.completions.create(**request))
+        except openai.APIError as error:
+            answer = self._failure(error)
+        except ValueError:
+            answer = failed("the server's reply is no JSON")
+        else:
+            self._failed = 0
+        text = answer.error and self._clean(answer.error)
+        return replace(answer, error=text, timings=Timings(total=(time.perf_counter() - started) * 1000))
+
+    def _count(self, request: Any) -> None:
+        """Called before each attempt."""
+        if self._stopped.is_set():
+            raise Stopped
+        if request.method != "POST":
+            return
+        with self._lock:
+            if self.max_requests is not None and self.sent >= self.max_requests:
+                raise BudgetSpent(self.max_requests)
+            self.sent += 1
+
+    def _failure(self, error: openai.APIError) -> Answer:
+        """What came of a request that failed for good: an answer that says why, or an error that ends the run."""
+        if isinstance(error.__cause__, (BudgetSpent, Stopped)):  # clients before 3.0 wrap what a hook raises
+            raise error.__cause__
+        reason = self._reason(error)
+        status = getattr(error, "status_code", None)
+        if status in CURES and not (status == 403 and MODERATED.search(reason)):
+            raise self._broken(reason, CURES[status]) from error
+        lost = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+        if lost and not self._alive():
+            raise self._broken(reason, "Start it again, or check the address.") from error
+        if status is None or status >= 500:
+            with self._lock:
+                self._failed += 1
+            if self._failed >= FAILED_IN_A_ROW:
+                raise self._broken(f"{self._failed} requests in a row failed, the last one: {reason}", "") from error
+        return failed(reason)
+
+    def _alive(self) -> bool:
+        """Whether the server still talks to us, whatever it says: then it was the request that it could not bear."""
+        try:
+            self._models()
+        except openai.APIConnectionError:
+            return False
+        except (openai.APIError, ValueError):
+            return True
+        return True
+
+    def _models(self) -> Any:
+        client = self._client.with_options(max_retries=0, timeout=ALIVE_SECONDS)
+        return client.get("/models", cast_to=object)
+
+    def _reason(self, error: openai.APIError) -> str:
+        status = getattr(error, "status_code", None)
+        if isinstance(error, openai.APITimeoutError):
+            return "no answer in time"
+        text = f"HTTP {status}: {_told(error)}" if status else _root(error)
+        return self._clean(text)
+
+    def _broken(self, reason: str, cure: str) -> ModelError:
+        who = f"{self._url}#{self.model}" if self.model else self._url
+        return ModelError(" ".join(filter(None, (f"{self._clean(f'{who}: {reason}')}.", cure, AGAIN))))
+
+    def _clean(self, text: str) -> str:
+        """Short, and without the key, which some servers repeat in what they say about it."""
+        text = text.replace(self._key, "***") if self._key else text
+        return re.sub(r"\s+", " ", text)[:300].strip(" .")
+
+
+class Stopped(Exception):
+    """Another request of the same call has ended it."""
+
+
+def parse_spec(spec: str) -> tuple[str, str]:
+    """Address and model of `http(s)://HOST/v1#MODEL`; `InputError` for what would carry a secret into files."""
+    url, _, model = spec.partition("#")
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname if parts.port != 0 else None
+    except ValueError:
+        host = None
+    if not host or not url.lower().startswith(SCHEMES):
+        raise InputError("the address of a chat server looks like http://localhost:8000/v1#MODEL, with a host")
+    if "@" in parts.netloc or parts.query:
+        raise InputError(
+            f"{parts.scheme}://{host}{parts.path}: an address with a password or a ? in it would end up in files. "
+            f"Put the key into the environment: {KEYS[0]} or {KEYS[1]}."
+        )
+    return url.rstrip("/"), model
+
+
+def api_key() -> str:
+    """The key from the environment, or nothing."""
+    name = next((name for name in KEYS if name in os.environ), KEYS[0])
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"{name} holds characters that cannot be in a key")
+    return key
+
+
+def _only(served: list[str] | None, url: str) -> str:
+    if served is None:
+        raise InputError(f"{url} does not list its models. Name one: {url}#MODEL (and most addresses end in /v1)")
+    if len(served) != 1:
+        listed = ", ".join(served[:20]) + (" …" if len(served) > 20 else "")
+        raise InputError(f"{url} serves {len(served)} models: name one after a #, as in {url}#MODEL. It has: {listed}")
+    return served[0]
+
+
+def _told(error: openai.APIError) -> str:
+    """What the server said: the message of its error object, else the beginning of its reply."""
+    body = error.body
+    if isinstance(body, dict):
+        inner = body.get("error")
+        found = body.get("message") or body.get("detail") or (inner if isinstance(inner, str) else None)
+        return str(found or body)
+    return str(body or error.message)
+
+
+def _root(error: BaseException) -> str:
+    """What lies under the layers of a connection error: `[Errno 111] Connection refused`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
