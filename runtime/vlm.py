@@ -58,7 +58,7 @@ GREEDY = Decoding()
 class Vlm(Protocol):
     """A model that answers questions about pictures.
 
-    `name` says which model in a report's words, `engine` what runs it (`transformers`, `server`, `llama.cpp`,
+    `name` says which model in a report's words, `engine` what runs it (`transformers`, `chat`, `llama.cpp`,
     `onnxruntime`).
     """
 
