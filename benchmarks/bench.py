@@ -76,7 +76,7 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
     """
     variants = variants_of(config.bundles, config.baselines)
     task = task_of(config, variants)
-    questions = read_questions(config.data)
+    questions = read_questions(config.data, store=config.report / "images")
     asked = stratified(questions, config.limit, config.seed)
     items = items_of(asked, task.prompt)
     warm_up, timed = latency_set(items_of(questions, task.prompt), config.latency_n, config.seed)

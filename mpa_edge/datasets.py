@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -18,13 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mpa_edge.errors import ImageError, InputError
 from mpa_edge.parts import sweep
-from mpa_edge.records import Record, Sample, write_atomic, write_rows
-from mpa_edge.runtime.images import FORMATS, MAX_PIXELS, open_image
-from mpa_edge.tables import ROWS, Table, open_table, picture_bytes
+from mpa_edge.records import Record, Sample, write_rows
+from mpa_edge.runtime.images import MAX_PIXELS, open_image
+from mpa_edge.tables import ROWS, Table, is_there, keep, name_of, open_table, picture_bytes
 
 Progress = Callable[[int, int], object]
 
@@ -100,7 +97,7 @@ def table_named(source: str | Path) -> Table | None:
     folder = Path(source).expanduser()
     if folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in _walk(folder)):
         return None
-    return open_table(source, "--images", extra="align", split="train")
+    return open_table(source, flag="--images", extra="align", split="train")
 
 
 @dataclass(frozen=True)
@@ -141,8 +138,7 @@ def _checked_rows(
             done += 1
             if check.stored:
                 usable.add(check.sha256)
-                if not _is_there(store / check.stored, check.bytes):
-                    write_atomic(store / check.stored, data)
+                keep(store / check.stored, data)
             yield check
             if limit is not None and len(usable) >= limit:
                 return
@@ -154,20 +150,10 @@ def _check_row(place: str, root: Path, cell: Any, min_edge: int) -> tuple[_Check
     try:
         data = picture_bytes(cell, root, MAX_BYTES)
         open_image(data, min_edge=min_edge)
+        name = name_of(data)
     except ImageError as error:
         return _Check(place, 0, 0, "", error.reason, error.detail), b""
-    sha256 = hashlib.sha256(data).hexdigest()
-    # The name comes from the content alone: nothing in a row says where we write.
-    return _Check(place, len(data), 0, sha256, stored=sha256 + _suffix(data)), data
-
-
-def _suffix(data: bytes) -> str:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return f".{(image.format or 'img').lower()}"
-
-
-def _is_there(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+    return _Check(place, len(data), 0, Path(name).stem, stored=name), data
 
 
 def _find(source: str | Path) -> tuple[list[Path], list[Path]]:
@@ -252,7 +238,7 @@ def _drop_duplicates(checks: Iterable[_Check], store: Path | None) -> tuple[list
 def _read_stored(path: Path | None, rules: dict[str, Any], store: Path) -> list[_Check]:
     """What an earlier scan of the same table found out, if all of its pictures are still in the store."""
     checks = _read_cache(path, rules)
-    return checks if all(_is_there(store / check.stored, check.bytes) for check in checks if check.stored) else []
+    return checks if all(is_there(store / check.stored, check.bytes) for check in checks if check.stored) else []
 
 
 def _read_cache(path: Path | None, rules: dict[str, Any]) -> list[_Check]:

@@ -6,6 +6,8 @@
     ChartQA   JSON    [{"imgname", "query", "label"}], human and augmented questions in files of their own
     OKVQA     JSON    {"questions": […]} and {"annotations": […]} in two files or one; or a list with both combined,
                       one row per question, or one per picture with "qas"
+    tables    parquet files and datasets: image, question | query, answers | answer | label, and where they are there
+              question_id | id, kind | question_type | human_or_machine, group
 
 A row names the picture by candidates, since the official files name it by an id; whoever has the folder chooses.
 """
@@ -13,7 +15,7 @@ A row names the picture by candidates, since the official files name it by an id
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from mpa_edge.errors import InputError
 
 EXPECTED = (
     "expected JSON lines of {id, image, question, answers}, or an official file: TextVQA or ST-VQA {data: […]}, "
-    "ChartQA [{imgname, query, label}], OKVQA {questions: […]} beside its annotations, or both combined"
+    "ChartQA [{imgname, query, label}], OKVQA {questions: […]} beside its annotations, or both combined; or a .parquet "
+    "file or a dataset with the columns image, question and answers"
 )
 COCO_SPLITS = ("val2014", "train2014", "test2014")
 
@@ -37,6 +40,38 @@ class Row:
     answers: tuple[str, ...]
     kind: str = ""
     group: str = ""
+
+
+# A table's columns by what they hold, the likelier name first.
+ID = ("question_id", "questionId", "id")
+QUESTION = ("question", "query")
+ANSWERS = ("answers", "answer", "label")
+KIND = ("kind", "question_type", "human_or_machine")
+# ChartQA's labels on the hub, as numbers.
+HUMAN_OR_MACHINE = ("human", "augmented")
+
+
+def table_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Which column of a table holds what: "question", "answers" and, where there are such, "id", "kind", "group"."""
+    names = {"id": ID, "question": QUESTION, "answers": ANSWERS, "kind": KIND, "group": ("group",)}
+    found = {what: next((name for name in given if name in columns), None) for what, given in names.items()}
+    return {what: name for what, name in found.items() if name is not None}
+
+
+def table_row(number: int, row: dict[str, Any], names: dict[str, str]) -> Row:
+    """The question of a table's row; its picture is in a cell, not in a file."""
+    cell = {what: row[name] for what, name in names.items()}
+    answers, kind = cell["answers"], cell.get("kind")
+    if names.get("kind") == "human_or_machine" and kind in (0, 1):
+        kind = HUMAN_OR_MACHINE[kind]
+    return Row(
+        id=_text(number if cell.get("id") is None else cell["id"], "id"),
+        images=(),
+        question=_text(cell["question"], "question"),
+        answers=_answers(answers if isinstance(answers, list) else [answers]),
+        kind=_text("" if kind is None else kind, "kind"),
+        group=_text("" if cell.get("group") is None else cell["group"], "group"),
+    )
 
 
 def read_json(path: Path) -> object:

@@ -1,4 +1,4 @@
-"""Questions with labels, for the benchmark: our JSONL, or the official files of the four benchmarks.
+"""Questions with labels, for the benchmark: our JSONL, the official files of the four benchmarks, and tables.
 
 One bad row never stops a test set: it is left out, with its reason.
 """
@@ -6,14 +6,17 @@ One bad row never stops a test set: it is left out, with its reason.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from mpa_edge.datasets import Skipped, counts_by_reason
-from mpa_edge.errors import InputError
-from mpa_edge.label_formats import Row, entries_of, read_json
+from mpa_edge.datasets import MAX_BYTES, Skipped, counts_by_reason
+from mpa_edge.errors import ImageError, InputError
+from mpa_edge.label_formats import Row, entries_of, read_json, table_columns, table_row
 from mpa_edge.records import Record
+from mpa_edge.tables import Table, keep, name_of, open_table, picture_bytes
 
 
 @dataclass(frozen=True)
@@ -42,31 +45,92 @@ class Questions(list[Question]):
         self.skipped = list(skipped)
 
 
-def read_questions(path: str | Path, *, images: Path | None = None, annotations: Path | None = None) -> Questions:
+def read_questions(
+    path: str | Path, *, images: Path | None = None, annotations: Path | None = None, store: Path | None = None
+) -> Questions:
     """The questions of a labelled test set, with the rows that were left out as `.skipped`.
 
-    `path` is our JSONL (rows of id, image, question, answers, kind, group) or an official file of TextVQA, ST-VQA,
-    ChartQA or OKVQA. `images` is the folder of the pictures, the file's own by default; no row may name a picture
-    outside of it. `annotations` is the second file of OKVQA, looked for beside the questions by default. Raises
-    `InputError` where the file cannot be read, or not one row can be used.
+    `path` is our JSONL (rows of id, image, question, answers, kind, group), an official file of TextVQA, ST-VQA,
+    ChartQA or OKVQA, or a table (`mpa_edge.tables`). `images` is the folder of the pictures, the file's own by default;
+    no row may name a picture outside of it. `annotations` is the second file of OKVQA, looked for beside the questions
+    by default. The pictures of a table are written to the folder `store`, named by their content. Raises `InputError`
+    where the source cannot be read, or not one row can be used, and `MissingExtra`.
     """
-    path = Path(path)
-    folder = path.parent if images is None else Path(images)
+    if table := open_table(path, extra="bench"):
+        if store is None:
+            raise InputError(f"{path}: a folder for the pictures of a table is needed")
+        found = _of_table(table, store)
+    else:
+        found = _of_file(Path(path), images, annotations)
     questions = Questions()
     seen: set[str] = set()
-    for place, row in entries_of(path, read_json(path), annotations):
-        try:
-            question = _question(row, folder)
-            if question.id in seen:
-                raise _Unusable("duplicate_id", question.id)
-        except _Unusable as error:
-            questions.skipped.append(Skipped(f"{path}:{place}", error.reason, error.detail))
+    for place, question in found:
+        if isinstance(question, Question) and question.id not in seen:
+            seen.add(question.id)
+            questions.append(question)
             continue
-        seen.add(question.id)
-        questions.append(question)
+        wrong = _Unusable("duplicate_id", question.id) if isinstance(question, Question) else question
+        questions.skipped.append(Skipped(place, wrong.reason, wrong.detail))
     if not questions:
         raise InputError(f"{path}: no usable question ({_why_none(questions.skipped)})")
     return questions
+
+
+def pictures_in(path: str | Path, *, images: Path | None = None) -> Iterator[tuple[str, Path | bytes]]:
+    """Yield (name, file or its bytes) for each picture of a labelled test set that is there, once per name.
+
+    Of a table only the pictures are read; of a file, what rows say besides their picture is not looked at.
+    """
+    if table := open_table(path, extra="align"):
+        column = table.picture_column()
+        for place, root, row in table.rows([column]):
+            with suppress(ImageError):
+                yield place, picture_bytes(row[column], root, MAX_BYTES)
+        return
+    path, seen = Path(path), set[str]()
+    folder = path.parent if images is None else Path(images)
+    for _, row in entries_of(path, read_json(path), None):
+        with suppress(_Unusable):
+            if not isinstance(row, str) and (picture := _picture(row.images, folder)) not in seen:
+                seen.add(picture)
+                yield picture, Path(picture)
+
+
+Found = Iterator[tuple[str, "Question | _Unusable"]]
+
+
+def _of_file(path: Path, images: Path | None, annotations: Path | None) -> Found:
+    folder = path.parent if images is None else Path(images)
+    for number, row in entries_of(path, read_json(path), annotations):
+        try:
+            if isinstance(row, str):
+                raise _Unusable("bad_row", row)
+            yield f"{path}:{number}", _question(row, partial(_picture, row.images, folder))
+        except _Unusable as error:
+            yield f"{path}:{number}", error
+
+
+def _of_table(table: Table, store: Path) -> Found:
+    column, names = table.picture_column(), table_columns(table.columns)
+    if missing := [what for what in ("question", "answers") if what not in names]:
+        raise InputError(f"{table.source}: no column for {' and '.join(missing)} among {', '.join(table.columns)}")
+    store.mkdir(parents=True, exist_ok=True)
+    for number, (place, root, cells) in enumerate(table.rows([column, *names.values()]), 1):
+        try:
+            yield place, _question(table_row(number, cells, names), partial(_stored, cells[column], root, store))
+        except _Unusable as error:
+            yield place, error
+        except ImageError as error:
+            yield place, _Unusable(error.reason, error.detail)
+        except ValueError as error:
+            yield place, _Unusable("bad_row", str(error))
+
+
+def _stored(cell: object, root: Path, store: Path) -> str:
+    data = picture_bytes(cell, root, MAX_BYTES)
+    path = store.absolute() / name_of(data)
+    keep(path, data)
+    return os.fspath(path)
 
 
 class _Unusable(Exception):
@@ -82,14 +146,13 @@ def _why_none(skipped: list[Skipped]) -> str:
     return f"{counts_by_reason(skipped)}; the first is {first.path}: {first.detail or first.reason}"
 
 
-def _question(row: Row | str, folder: Path) -> Question:
-    if isinstance(row, str):
-        raise _Unusable("bad_row", row)
+def _question(row: Row, picture: Callable[[], str]) -> Question:
+    """`picture` finds the row's picture; last, so that rows that cannot be used cost nothing."""
     if not row.question.strip():
         raise _Unusable("no_question")
     if not row.answers:
         raise _Unusable("no_answer")
-    return Question(row.id, _picture(row.images, folder), row.question, row.answers, row.kind, row.group)
+    return Question(row.id, picture(), row.question, row.answers, row.kind, row.group)
 
 
 def _picture(names: Iterable[str], folder: Path) -> str:

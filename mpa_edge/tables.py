@@ -12,13 +12,19 @@ written.
 from __future__ import annotations
 
 import glob
+import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mpa_edge.errors import ImageError, InputError, require
+from mpa_edge.records import write_atomic
+from mpa_edge.runtime.images import FORMATS
 
 HUB = "hf:"
 PARQUET = ".parquet"
@@ -99,11 +105,32 @@ def _read(path: Path, root: Path, most: int) -> bytes:
         return file.read(most + 1)
 
 
-def open_table(source: str | Path, flag: str, *, extra: str, split: str | None = None) -> Table | None:
+def name_of(data: bytes) -> str:
+    """What a picture's file is called: the SHA-256 of its bytes, and a suffix for its format. It comes from the content
+    alone: nothing in a row says where we write."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return f"{hashlib.sha256(data).hexdigest()}.{(image.format or 'img').lower()}"
+    except Exception as error:  # Pillow's readers raise whatever they trip over
+        raise ImageError("row", "unreadable", "not a picture") from error
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Write a picture under the name that its content gave, unless it is there."""
+    if not is_there(path, len(data)):
+        write_atomic(path, data)
+
+
+def is_there(path: Path, size: int) -> bool:
+    """Whether a file of this size lies there; files are written whole or not at all."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def open_table(source: str | Path, *, flag: str = "", extra: str, split: str | None = None) -> Table | None:
     """The table that a source names, None where it names something else. `split` is taken where a dataset has several
     and the source names none.
 
-    Raises `InputError` that begins with `flag` where the table cannot be read, and `MissingExtra`.
+    Raises `InputError` where the table cannot be read, naming `flag`, and `MissingExtra`.
     """
     spec, folder = os.fspath(source), Path(source).expanduser()
     files = _parquet_files(spec, folder)
@@ -116,7 +143,7 @@ def open_table(source: str | Path, flag: str, *, extra: str, split: str | None =
         raise
     except Exception as error:  # datasets and pyarrow raise whatever they trip over
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(f"{flag} {spec}: cannot be read ({reason})") from error
+        raise InputError(f"{flag} {spec}: cannot be read ({reason})".lstrip()) from error
 
 
 def _parquet_files(spec: str, folder: Path) -> list[Path]:

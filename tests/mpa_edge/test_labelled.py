@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mpa_edge.errors import InputError
-from mpa_edge.labelled import Question, Questions, read_questions
+from mpa_edge.labelled import Question, Questions, pictures_in, read_questions
 
 OFFICIAL = Path(__file__).parents[3] / "shared" / "data" / "mpa_official"
 needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="no excerpts of the official files")
@@ -260,3 +265,76 @@ def test_whatever_the_content_it_is_read_or_refused_cleanly(tmp_path: Path, cont
     path.write_text(json.dumps(content))
     with pytest.raises(InputError):  # there are no pictures
         read_questions(path)
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_table_with_the_columns_of_each_benchmark(tmp_path: Path) -> None:
+    cell = {"bytes": picture(1), "path": "x.png"}
+    textvqa = {"image_id": ["a"], "question_id": [34602], "question": ["what?"], "answers": [["nikon"] * 10]}
+    chartqa = {"query": ["how many?", "and?"], "label": [["14"], ["15"]], "human_or_machine": [0, 1]}
+    okvqa = {"question_id": ["7"], "question": ["what?"], "answers": [["race", "racing"]], "question_type": ["sports"]}
+    ours = {"id": ["q"], "question": ["what?"], "answer": ["x"], "kind": ["word"], "group": ["read"]}
+    found = {}
+    for name, columns in {"textvqa": textvqa, "chartqa": chartqa, "okvqa": okvqa, "ours": ours}.items():
+        rows = len(next(iter(columns.values())))
+        pq.write_table(pa.table({**columns, "image": [cell] * rows}), tmp_path / f"{name}.parquet")
+        questions = read_questions(tmp_path / f"{name}.parquet", store=tmp_path / "store")
+        assert questions.skipped == []
+        assert all(Path(q.image).read_bytes() == picture(1) for q in questions)
+        found[name] = [(q.id, q.question, q.answers, q.kind, q.group) for q in questions]
+    assert found == {
+        "textvqa": [("34602", "what?", ("nikon",) * 10, "", "")],
+        "chartqa": [("1", "how many?", ("14",), "human", ""), ("2", "and?", ("15",), "augmented", "")],
+        "okvqa": [("7", "what?", ("race", "racing"), "sports", "")],
+        "ours": [("q", "what?", ("x",), "word", "read")],
+    }
+    assert len(list((tmp_path / "store").iterdir())) == 1
+
+
+def test_bad_rows_of_a_table(tmp_path: Path) -> None:
+    rows = [
+        {"image": picture(1), "question": "q?", "answers": ["a"], "id": 1},
+        {"image": None, "question": "q?", "answers": ["a"], "id": 2},
+        {"image": b"none", "question": "q?", "answers": ["a"], "id": 3},
+        {"image": picture(2), "question": None, "answers": ["a"], "id": 4},
+        {"image": picture(2), "question": " ", "answers": ["a"], "id": 5},
+        {"image": picture(2), "question": "q?", "answers": [], "id": 6},
+        {"image": picture(2), "question": "q?", "answers": None, "id": 7},
+        {"image": picture(1), "question": "q?", "answers": ["a"], "id": 1},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    questions = read_questions(tmp_path / "p.parquet", store=tmp_path / "store")
+    assert [q.id for q in questions] == ["1"]
+    expected = ["no_image", "unreadable", "bad_row", "no_question", "no_answer", "bad_row", "duplicate_id"]
+    assert reasons(questions) == [(str(number), reason) for number, reason in enumerate(expected, 2)]
+    assert len(list((tmp_path / "store").iterdir())) == 1
+
+
+def test_a_dataset_on_disk_needs_its_split(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_dict({"image": [picture(1)], "question": ["q?"], "answers": [["a"]]})
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"saved: has the splits train, test; name one of them \(.*saved/train\)"):
+        read_questions(tmp_path / "saved", store=tmp_path / "store")
+    assert [q.answers for q in read_questions(tmp_path / "saved" / "test", store=tmp_path / "store")] == [("a",)]
+
+
+def test_a_table_without_questions_or_a_place_for_pictures(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [picture(1)], "question": ["q?"]}), tmp_path / "p.parquet")
+    with pytest.raises(InputError, match=r"p.parquet: no column for answers among image, question"):
+        read_questions(tmp_path / "p.parquet", store=tmp_path / "store")
+    with pytest.raises(InputError, match="a folder for the pictures"):
+        read_questions(tmp_path / "p.parquet")
+
+
+def test_the_pictures_of_a_test_set_alone(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    rows = [{"imgname": "1.png", "query": "q", "label": ""}, {"imgname": "1.png", "query": "", "label": "a"}]
+    path = write(tmp_path / "test_human.json", [*rows, {"imgname": "2.png", "query": "q", "label": "a"}, "junk"])
+    assert [Path(name).name for name, _ in pictures_in(path)] == ["1.png", "2.png"]
+    pq.write_table(pa.table({"image": [picture(1), None, picture(2)]}), tmp_path / "p.parquet")
+    assert [data for _, data in pictures_in(tmp_path / "p.parquet")] == [picture(1), picture(2)]
