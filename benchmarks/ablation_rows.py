@@ -32,7 +32,7 @@ PLAIN: dict[str, Any] = {
 }
 SHORT = PLAIN | {"target": "short"}
 SEVERAL = SHORT | {"questions": AlignConfig.model_fields["questions"].default}
-MIXED = SEVERAL | {"mix": 0.3}
+MIXED = SEVERAL | {"mix": AlignConfig.model_fields["mix"].default}
 
 
 def default_of(*names: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class AlignConfig(Settings):
     device: Device = setting("auto", MODELS, help="Where transformers models run.")
     dtype: Dtype = setting("auto", MODELS, help="Their precision; auto is float32 on a CPU, bfloat16 elsewhere.")
 
-    questions: int = setting(1, QUESTIONS, ge=1, le=64, help="Questions per picture.")
+    questions: int = setting(3, QUESTIONS, ge=1, le=64, help="Questions per picture.")
     question_share: float | None = setting(
         None, QUESTIONS, gt=0, le=1, help="Largest share of one question among all; the rest is collapsed."
     )
@@ -96,7 +96,7 @@ class AlignConfig(Settings):
 
     select: Select = setting("parity", TRAINING_SET, help="What becomes training data; all but parity are controls.")
     mix: float = setting(
-        0.3, TRAINING_SET, ge=0, lt=1, help="Share of samples that both models answer right: less forgetting."
+        0.5, TRAINING_SET, ge=0, lt=1, help="Share of samples that both models answer right: less forgetting."
     )
     target: Target = setting(
         "short", TRAINING_SET, help="Text to learn: the teacher's short answer, or what it wrote with the question."
@@ -110,8 +110,8 @@ class AlignConfig(Settings):
     train: tuple[Part, ...] = setting(
         ("language",), TRAINING, help="Parts of the student to train; repeat for several.", shown="language"
     )
-    rank: int = setting(16, TRAINING, ge=1, help="Rank of the adapter.")
-    alpha: int = setting(32, TRAINING, ge=1, help="Its scale is alpha / rank.")
+    rank: int = setting(32, TRAINING, ge=1, help="Rank of the adapter.")
+    alpha: int = setting(64, TRAINING, ge=1, help="Its scale is alpha / rank.")
     learning_rate: float = setting(0.0, TRAINING, ge=0, lt=1, help="Peak learning rate.", shown="by student size")
     warmup: float = setting(0.05, TRAINING, ge=0, lt=1, help="Share of the steps in which the rate rises.")
     epochs: int = setting(10, TRAINING, ge=1, help="At most; the best on held-out pictures is kept.")
