@@ -23,6 +23,11 @@ def digest_of_adapter(folder: Path) -> str:
     return _digest_of(folder / name for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
+def digest_of_trained(folder: Path) -> str:
+    """The digest of a trained student: of the adapter, or of the whole model where that was fine-tuned."""
+    return digest_of_adapter(folder) if (folder / "adapter_config.json").is_file() else digest_of_folder(folder)
+
+
 def _digest_of(paths: Iterable[Path]) -> str:
     files = sorted(paths, key=lambda path: path.name)
     lines = (f"{path.name} {_digest(path, path.stat().st_size, path.stat().st_mtime_ns)}\n" for path in files)

@@ -1,8 +1,9 @@
-"""Parity Leveler: fine-tune the student on the training set with LoRA, loss on the answer tokens only.
+"""Parity Leveler: fine-tune the student on the training set, loss on the answer tokens only.
 
 A plain loop rather than transformers' or trl's trainer: it resumes to the same weights bit for bit from one checkpoint
 file without pickle (both trainers store optimizer and random state through `torch.save`), trains on image features that
-were computed once, and takes its prompts from the very code that asks the student.
+were computed once, and takes its prompts from the very code that asks the student. peft makes the adapters, accelerate
+connects the processes.
 """
 
 from __future__ import annotations
@@ -10,48 +11,38 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from mpa_edge.checkpoints import CHECKPOINT, State, load_checkpoint, save_checkpoint
 from mpa_edge.config import AlignConfig
+from mpa_edge.digests import digest_of_trained
 from mpa_edge.errors import RunError
-from mpa_edge.lora import add_lora, count_parameters, name_of_base, save_adapter, width_of
+from mpa_edge.methods import autocast, default_rate, make_trainable, refuse_untrainable, set_checkpointing
 from mpa_edge.parts import Advance, open_stage
+from mpa_edge.ranks import Ranks
 from mpa_edge.records import write_atomic
+from mpa_edge.trainable import count_parameters
 from mpa_edge.training_data import Example, TrainingData, in_batches, loss_and_exact, split_by_group
 from mpa_edge.transformers_vlm import TransformersVlm
 
 METRICS = "metrics.json"
-CHECKPOINT = "checkpoint.safetensors"
 # Fewer rows than this are no training set.
 MINIMUM = 8
+# A few rows that cannot be trained on are dropped; more of them than this share are a wrong setting.
+MOST_DROPPED = 0.05
 # A killed run repeats at most so many steps.
 STEPS_PER_CHECKPOINT = 100
-WARMUP = 0.05
 CLIP = 1.0
-
-
-@dataclass
-class State:
-    """How far training is; what a checkpoint holds besides the tensors. Floats survive JSON exactly."""
-
-    step: int = 0
-    loss_sum: float = 0.0
-    tokens: int = 0
-    best_epoch: int = 0
-    best_score: tuple[float, float] = (-1.0, -math.inf)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def epochs_without_gain(self) -> int:
-        """Epochs since the best one."""
-        return len(self.history) - 1 - self.best_epoch
+# What shapes the result, of the settings; the student's type and the learning rate are taken as they turn out.
+SHAPING = (
+    *("method", "train", "rank", "alpha", "epochs", "warmup", "train_batch_size", "accumulate"),
+    *("patience", "holdout", "seed"),
+)
 
 
 def level(
@@ -60,70 +51,91 @@ def level(
     folder: Path,
     config: AlignConfig,
     *,
+    start: Path | None = None,
     advance: Advance = lambda count: None,
 ) -> dict[str, Any]:
-    """Train an adapter and write it to `folder` with `metrics.json`; resumes. Returns the metrics.
+    """Train the student and write what was trained to `folder` with `metrics.json`; resumes. Returns the metrics.
 
     After each epoch the held-out pictures are asked; the weights of the best epoch are kept (most answers to the
     letter, then lowest loss; epoch 0 is the student as it was) and training stops after `--patience` epochs without
-    gain. `advance` is called after each step. Changes the student: it answers with the adapter's last weights then.
+    gain. `start` is the folder of an earlier round, whose adapter or weights are trained on; otherwise an adapter that
+    the student carries is taken off. `advance` is called after each step. Changes the student: it answers as the
+    trained one afterwards.
 
-    Raises `RunError` when there are too few examples.
+    A step is over `train_batch_size * accumulate` rows, however many processes share them; its loss is the mean over
+    all their target tokens. In several processes, all must call this with the same arguments.
+
+    Raises `InputError` for a method that this machine lacks the means for, and `RunError` when there are too few
+    examples, or too many that cannot be trained on.
     """
+    refuse_untrainable(config)
     if len(examples) < MINIMUM:
         raise RunError(f"{len(examples)} training rows are too few, at least {MINIMUM} are needed")
-    rate = config.learning_rate or default_rate(student.model)
-    open_stage(folder, _fingerprint(student, examples, config, rate))
+    ranks = Ranks(cpu=student.model.device.type == "cpu")
+    rate = config.learning_rate or default_rate(student.model, config.method)
+    if ranks.number == 0:
+        open_stage(folder, _fingerprint(student, examples, config, rate, start))
+    ranks.wait()
     metrics = folder / METRICS
-    if not metrics.exists():
-        _Training(student, examples, folder, config, rate).run(advance)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    if metrics.exists():
+        make_trainable(student, config, folder, start=folder)
+    else:
+        _Training(student, examples, folder, config, rate, start, ranks).run(advance)
+    ranks.wait()
+    if ranks.number == 0:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    student.model.eval()
     result: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
     return result
 
 
-def default_rate(model: Any) -> float:
-    """The learning rate where none is given: 2e-4, usual for LoRA at a width of 2048, in inverse proportion to the
-    language model's width (as in maximal update parametrisation, arXiv 2203.03466), at most 2e-3."""
-    return min(2e-3, 2e-4 * 2048 / width_of(model))
-
-
-def steps_of(examples: int, config: AlignConfig) -> int:
-    """The optimizer steps of training on so many examples, were none held out and did it not stop early."""
-    return math.ceil(examples / config.train_batch_size) * config.epochs
+def steps_of(examples: Sequence[Example], config: AlignConfig) -> int:
+    """The optimizer steps of training on these examples, if it does not stop early and drops none."""
+    train, _ = split_by_group(examples, config.holdout, config.seed)
+    return math.ceil(len(train) / _rows_per_step(config)) * config.epochs
 
 
 class _Training:
     """One training; everything random in it depends on the seed and the step alone."""
 
     def __init__(
-        self, student: TransformersVlm, examples: Sequence[Example], folder: Path, config: AlignConfig, rate: float
+        self,
+        student: TransformersVlm,
+        examples: Sequence[Example],
+        folder: Path,
+        config: AlignConfig,
+        rate: float,
+        start: Path | None,
+        ranks: Ranks,
     ) -> None:
-        self._student, self._examples, self._folder, self._config, self._rate = student, examples, folder, config, rate
-        self._train, self._held = split_by_group(examples, config.holdout, config.seed)
+        self._student, self._folder, self._config, self._rate, self._ranks = student, folder, config, rate, ranks
+        self._data = TrainingData(student, examples, frozen_features=set(config.train) == {"language"})
+        self._data.prepare()
+        _refuse_many_dropped(self._data.dropped, len(examples))
+        self._train, self._held = split_by_group(self._data.examples, config.holdout, config.seed)
         if not self._train:
             raise RunError(
                 "the training set shows one picture only: nothing is left to train on beside the held-out one"
             )
+        self._dtype = student.model.dtype
         torch.manual_seed(config.seed)
-        self._data = TrainingData(student, examples)
-        self._data.prepare()
-        base = name_of_base(config.student, folder)
-        self._adapted = add_lora(student.model, rank=config.rank, alpha=config.alpha, base=base)
-        self._weights = {name: p for name, p in self._adapted.named_parameters() if p.requires_grad}
-        self._best = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._trainee = make_trainable(student, config, folder, start)
+        set_checkpointing(student.model, config)
+        self._weights = self._trainee.weights
+        # In main memory: a GPU has none to spare in a full fine-tuning.
+        self._best = {name: weight.detach().cpu().clone() for name, weight in self._weights.items()}
         self._optimizer = torch.optim.AdamW(self._weights.values(), lr=rate, weight_decay=0.0)
-        self._steps_per_epoch = math.ceil(len(self._train) / config.train_batch_size)
+        self._steps_per_epoch = math.ceil(len(self._train) / _rows_per_step(config))
         self._state = State()
 
     def run(self, advance: Advance) -> None:
-        """Train from where the checkpoint stands to the end, and write adapter and metrics."""
-        self._load_checkpoint()
+        """Train from where the checkpoint stands to the end, and write what was trained, and the metrics."""
+        self._state = load_checkpoint(self._folder, self._weights, self._best, self._optimizer)
         if not self._state.history:
             self._close_epoch()
         advance(self._state.step)
-        for batch in self._batches():
-            self._step(batch)
+        for rows in self._steps():
+            self._step(rows)
             advance(1)
             if self._state.step % self._steps_per_epoch == 0:
                 self._close_epoch()
@@ -132,37 +144,55 @@ class _Training:
                 self._save_checkpoint()
         self._finish()
 
-    def _batches(self) -> Iterator[list[int]]:
-        """The batches that remain; ends early when held-out answers gain no more."""
+    def _steps(self) -> Iterator[list[int]]:
+        """The rows of each step that remains; ends early when held-out answers gain no more."""
         config, state = self._config, self._state
         for epoch in range(state.step // self._steps_per_epoch, config.epochs):
             if state.epochs_without_gain >= config.patience:
                 return
-            batches = self._data.batches(self._train, config.train_batch_size, f"{config.seed} {epoch}")
-            yield from batches[state.step % self._steps_per_epoch :]
+            steps = self._data.batches(self._train, _rows_per_step(config), f"{config.seed} {epoch}")
+            yield from steps[state.step % self._steps_per_epoch :]
 
-    def _step(self, batch: list[int]) -> None:
+    def _step(self, rows: list[int]) -> None:
         state = self._state
-        self._student.model.train()
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * self._schedule(state.step)
         # Dropout, where a model has it, must not depend on whether the run was resumed.
         torch.manual_seed(self._config.seed * 1_000_003 + state.step)
-        inputs, labels = self._data.batch(batch)
-        loss, _ = loss_and_exact(self._student.model, inputs, labels)
-        tokens = int((labels >= 0).sum())
-        self._optimizer.zero_grad()
-        (loss / tokens).backward()
+        tokens = self._data.target_tokens(rows)
+        loss = self._accumulate(rows, tokens)
         torch.nn.utils.clip_grad_norm_(self._weights.values(), CLIP)
         self._optimizer.step()
         state.step += 1
-        state.loss_sum += loss.item()
+        state.loss_sum += loss
         state.tokens += tokens
+
+    def _accumulate(self, rows: list[int], tokens: int) -> float:
+        """Leave the gradient of the rows' loss per token in the weights, the same in each process. Returns the loss's
+        sum over the tokens."""
+        self._student.model.train()
+        self._optimizer.zero_grad()
+        total = torch.zeros((), device=self._student.model.device)
+        for places in in_batches(self._ranks.share(rows), self._config.train_batch_size):
+            loss, _ = self._loss_and_exact(places)
+            (loss / tokens).backward()
+            total += loss.detach()
+        # A weight that no output depends on has no gradient: towers may have layers whose output is not used.
+        gradients = [weight.grad if weight.grad is not None else weight * 0 for weight in self._weights.values()]
+        total, *gradients = self._ranks.sum([total, *gradients])
+        for weight, gradient in zip(self._weights.values(), gradients, strict=True):
+            weight.grad = gradient.detach()
+        return float(total)
+
+    def _loss_and_exact(self, places: Sequence[int]) -> tuple[torch.Tensor, int]:
+        inputs, labels = self._data.batch(places)
+        with autocast(self._student.model, self._dtype):
+            return loss_and_exact(self._student.model, inputs, labels)
 
     def _schedule(self, step: int) -> float:
         """Linear warm-up, then a half cosine to zero."""
         total = self._steps_per_epoch * self._config.epochs
-        warmup = max(1, round(WARMUP * total))
+        warmup = max(1, round(self._config.warmup * total))
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -175,88 +205,84 @@ class _Training:
         score = (figures["holdout_exact"], -figures["holdout_loss"])
         if score > state.best_score:
             state.best_score, state.best_epoch = score, len(state.history) - 1
-            self._best = {name: weight.detach().clone() for name, weight in self._weights.items()}
+            for name, weight in self._weights.items():
+                self._best[name].copy_(weight.detach())
         state.loss_sum, state.tokens = 0.0, 0
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         self._student.model.eval()
-        loss, exact, tokens = 0.0, 0, 0
-        for places in in_batches(self._held, self._config.train_batch_size):
-            inputs, labels = self._data.batch(places)
-            batch_loss, batch_exact = loss_and_exact(self._student.model, inputs, labels)
-            loss, exact, tokens = loss + batch_loss.item(), exact + batch_exact, tokens + int((labels >= 0).sum())
-        return {"holdout_loss": loss / tokens, "holdout_exact": exact / len(self._held)}
+        loss, exact = 0.0, 0
+        for places in self._ranks.share(list(in_batches(self._held, self._config.train_batch_size))):
+            batch_loss, batch_exact = self._loss_and_exact(places)
+            loss, exact = loss + batch_loss.item(), exact + batch_exact
+        if self._ranks.count > 1:
+            device = self._student.model.device
+            loss, exact = (
+                value.item()
+                for value in self._ranks.sum([torch.tensor(loss, device=device), torch.tensor(exact, device=device)])
+            )
+        return {"holdout_loss": loss / self._data.target_tokens(self._held), "holdout_exact": exact / len(self._held)}
 
     def _save_checkpoint(self) -> None:
-        tensors = {}
-        for name, weight in self._weights.items():
-            moments = self._optimizer.state[weight]
-            for kind, tensor in (
-                ("weight", weight),
-                ("best", self._best[name]),
-                ("first", moments["exp_avg"]),
-                ("second", moments["exp_avg_sq"]),
-            ):
-                tensors[f"{kind}/{name}"] = tensor.detach().cpu().contiguous()
-        state = {"state": json.dumps(asdict(self._state))}
-        write_atomic(self._folder / CHECKPOINT, save(tensors, metadata=state))
-
-    def _load_checkpoint(self) -> None:
-        path = self._folder / CHECKPOINT
-        if not path.exists():
-            return
-        try:
-            with safe_open(path, "pt") as file, torch.no_grad():
-                state = json.loads(file.metadata()["state"])
-                for name, weight in self._weights.items():
-                    weight.copy_(file.get_tensor(f"weight/{name}"))
-                    self._best[name].copy_(file.get_tensor(f"best/{name}"))
-                    self._optimizer.state[weight] = {
-                        "step": torch.tensor(float(state["step"])),
-                        "exp_avg": file.get_tensor(f"first/{name}").to(weight.device),
-                        "exp_avg_sq": file.get_tensor(f"second/{name}").to(weight.device),
-                    }
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise RunError(f"{path} cannot be read ({error}). Delete it to train from the start.") from error
-        self._state = State(**{**state, "best_score": tuple(state["best_score"])})
+        if self._ranks.number == 0:
+            save_checkpoint(self._folder, self._weights, self._best, self._optimizer, self._state)
 
     def _finish(self) -> None:
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(self._best[name])
-        self._student.model.eval()
-        save_adapter(self._adapted, self._folder)
+        counted = count_parameters(self._student.model)
+        self._trainee.close()
+        if self._ranks.number == 0:
+            self._trainee.save(self._folder)
+            # Last: a folder with metrics is a finished one.
+            write_atomic(self._folder / METRICS, json.dumps(self._metrics(counted), indent=2) + "\n")
+
+    def _metrics(self, counted: dict[str, dict[str, int]]) -> dict[str, Any]:
         state = self._state
-        verdicts = [self._examples[place].verdict for place in self._train]
-        metrics = {
+        return {
             "examples": {"train": len(self._train), "holdout": len(self._held)},
-            "train_verdicts": {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))},
+            "dropped": self._data.dropped,
+            "train_verdicts": dict(
+                sorted(Counter(self._data.examples[place].verdict for place in self._train).items())
+            ),
             "learning_rate": self._rate,
             "steps": state.step,
-            "parameters": count_parameters(self._adapted),
+            "parameters": counted,
             "best_epoch": state.best_epoch,
             "before": state.history[0],
             "best": state.history[state.best_epoch],
             "history": state.history,
         }
-        # Last: a folder with metrics is a finished one.
-        write_atomic(self._folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+
+
+def _rows_per_step(config: AlignConfig) -> int:
+    return config.train_batch_size * config.accumulate
+
+
+def _refuse_many_dropped(dropped: dict[str, str], rows: int) -> None:
+    if len(dropped) > MOST_DROPPED * rows:
+        first = "; ".join(f"{name}: {reason}" for name, reason in list(dropped.items())[:3])
+        raise RunError(
+            f"{len(dropped)} of {rows} training rows cannot be trained on ({first}). Nothing of a prompt is ever cut "
+            "off; where rows are too long, make the pictures smaller with --longest-edge"
+        )
 
 
 def _fingerprint(
-    student: TransformersVlm, examples: Sequence[Example], config: AlignConfig, rate: float
+    student: TransformersVlm, examples: Sequence[Example], config: AlignConfig, rate: float, start: Path | None
 ) -> dict[str, Any]:
     rows = [[item.id, item.prompt, item.answer] for item in examples]
-    shaping = ("rank", "alpha", "epochs", "train_batch_size", "patience", "holdout", "seed")
+    facts = student.describe()
+    if start is not None:
+        # Which weights it carries at the moment does not matter: it gets those of `start`.
+        facts = {key: value for key, value in facts.items() if key not in ("weights", "hub_id", "revision")}
     return {
         "stage": "level",
-        "student": student.describe(),
-        "examples": _digest(rows),
+        "student": {key: value for key, value in facts.items() if key != "adapter"},
+        "start": digest_of_trained(start) if start is not None else None,
+        "examples": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "learning_rate": rate,
-        **{name: getattr(config, name) for name in shaping},
+        **{name: getattr(config, name) for name in SHAPING},
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,81 +1,81 @@
-"""Where LoRA goes, derived from the loaded model; what is trainable, counted; and the adapter on disk."""
+"""LoRA and its kin (DoRA, QLoRA) on the chosen parts of the student, and the adapter on disk."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
+import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import nn
 
-from mpa_edge.errors import ModelError
+from mpa_edge.config import AlignConfig
 from mpa_edge.records import write_atomic
+from mpa_edge.trainable import Anatomy
 
 
-def add_lora(model: Any, *, rank: int, alpha: int, base: str) -> Any:
-    """Put LoRA on all linear layers of the language model and freeze everything else. Returns peft's model, whose
-    layers the given model shares. `base` is what the adapter will name as its base model.
+class Adapter:
+    """An adapter on a model whose own weights are frozen. `weights` are the adapter's, in float32 whatever the type of
+    the model: peft casts them so, since steps of training get lost in 16 bit.
 
-    The vision tower and the projection stay as they are: image features can then be computed once, and a merged
-    model's vision file is the base model's.
+    The model, whose layers are changed in place, answers with the adapter from now on.
     """
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=language_linears(model))
-    adapted = get_peft_model(model, settings)
-    # peft fills in where the model was loaded from, which may be a path of this machine only.
-    adapted.peft_config["default"].base_model_name_or_path = base
-    return adapted
+
+    def __init__(self, model: Any, config: AlignConfig, folder: Path, start: Path | None) -> None:
+        """A new adapter, which changes no answer yet, or that of the folder `start`; one that is on the model already
+        is taken off first. `folder` is where it will be saved."""
+        remove_adapter(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls names that transformers has deprecated
+            if start is None:
+                self._peft: Any = get_peft_model(model, _settings(model, config))
+            else:
+                self._peft = PeftModel.from_pretrained(model, str(start), is_trainable=True)
+        # peft fills in where the model was loaded from, which may be a path of this machine only.
+        self._peft.peft_config["default"].base_model_name_or_path = name_of_base(config.student, folder)
+        self.weights: dict[str, nn.Parameter] = {
+            name: weight for name, weight in self._peft.named_parameters() if weight.requires_grad
+        }
+
+    def close(self) -> None:
+        """See `Trainee`."""
+
+    def save(self, folder: Path) -> None:
+        """Write `adapter_model.safetensors` and `adapter_config.json` as peft reads them."""
+        # The vocabulary is never changed here; peft would look for the base model to find out.
+        found = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+        settings = self._peft.peft_config["default"]
+        settings.inference_mode = True
+        settings.save_pretrained(str(folder))
 
 
-def language_linears(model: Any) -> str:
-    """A regular expression that matches the names of the language model's linear layers and no others."""
-    decoder = model.get_decoder()
-    prefix = next((name for name, module in model.named_modules() if module is decoder and name), None)
-    if prefix is None:
-        raise ModelError(f"{type(model).__name__}: cannot tell its language model from the rest")
-    linear = (name for name, module in decoder.named_modules() if isinstance(module, nn.Linear))
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    if not leaves:
-        raise ModelError(f"{type(model).__name__}: its language model has no linear layers that LoRA could adapt")
-    return rf"{re.escape(prefix)}\..*\.({'|'.join(leaves)})"
-
-
-def width_of(model: Any) -> int:
-    """The hidden size of the language model."""
-    return int(model.config.get_text_config().hidden_size)
-
-
-def count_parameters(model: Any) -> dict[str, dict[str, int]]:
-    """Weights by module, trainable and frozen: `{"trainable": {"text_model.q_proj": 6144, …}, "frozen": {…}}`."""
-    trainable: Counter[str] = Counter()
-    frozen: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        parts = [part for part in name.split(".") if part not in ("base_model", "model")]
-        if parameter.requires_grad:
-            # …text_model.layers.0.self_attn.q_proj.lora_A.default.weight
-            layer = next((parts[place - 1] for place, part in enumerate(parts) if part.startswith("lora_")), parts[-2])
-            trainable[f"{parts[0]}.{layer}"] += parameter.numel()
-        else:
-            frozen[parts[0]] += parameter.numel()
-    return {"trainable": dict(sorted(trainable.items())), "frozen": dict(sorted(frozen.items()))}
-
-
-def save_adapter(adapted: Any, folder: Path) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` as peft reads them."""
-    # The vocabulary is never changed here; peft would look for the base model to find out.
-    found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    settings = adapted.peft_config["default"]
-    settings.inference_mode = True
-    settings.save_pretrained(str(folder))
+def remove_adapter(model: Any) -> None:
+    """Take a peft adapter off a model: its own layers, with their own weights, stand in their places again."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def name_of_base(spec: str, folder: Path) -> str:
-    """How an adapter in `folder` names its base: a local one by its relative path, so that no machine's paths are kept
-    and both can be moved together; else its hub id."""
+    """How a trained student in `folder` names its base: a local one by its relative path, so that no machine's paths
+    are kept and both can be moved together; else its hub id."""
     local = Path(spec).expanduser()
     return Path(os.path.relpath(local.resolve(), folder.resolve())).as_posix() if local.is_dir() else spec
+
+
+def _settings(model: Any, config: AlignConfig) -> LoraConfig:
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        use_dora=config.method == "dora",
+        target_modules=Anatomy(model).linears(config.train),
+    )

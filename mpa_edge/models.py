@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpa_edge.bundle import MANIFEST
+from mpa_edge.chat_address import is_address
 from mpa_edge.errors import InputError, MissingExtra, ModelError
 from mpa_edge.fake import PREFIX, open_fake
 from mpa_edge.runtime.vlm import Vlm
@@ -14,7 +15,8 @@ from mpa_edge.runtime.vlm import Vlm
 Kind = Literal["transformers", "server", "bundle", "fake"]
 
 ADAPTER = "adapter_config.json"
-SCHEMES = ("http://", "https://")
+# Beside a whole model that was fine-tuned: the base, under the same key, and the names of the trained tensors.
+WHOLE = "trained.json"
 # Which kinds a setting fits, with the flag that people type.
 FITS: dict[str, tuple[str, tuple[Kind, ...]]] = {
     "four_bit": ("--teacher-4bit", ("transformers",)),
@@ -67,25 +69,24 @@ def kind_of(spec: str) -> Kind:
     """What would answer: decided by the spec and by what lies there, before anything is loaded."""
     if spec.startswith(PREFIX):
         return "fake"
-    if spec.lower().startswith(SCHEMES):
+    if is_address(spec):
         return "server"
     return "bundle" if (Path(spec).expanduser() / MANIFEST).is_file() else "transformers"
 
 
-def base_of(adapter: Path) -> str:
-    """The base model of an adapter folder: a folder that exists, or else a hub id.
-
-    Adapters that this tool writes name a local base by its path relative to the adapter's folder, so that a run can be
-    moved together with its models.
+def base_of(trained: Path) -> str:
+    """The base model of an adapter, or of a whole model that this tool fine-tuned: a folder that exists, or else a hub
+    id. What this tool writes names a local base by its path relative to the folder, so that a run can be moved together
+    with its models.
     """
-    path = adapter / ADAPTER
+    path = next((trained / name for name in (ADAPTER, WHOLE) if (trained / name).is_file()), trained / ADAPTER)
     try:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} cannot be read ({error})") from error
     if not isinstance(base, str) or not base:
         raise ModelError(f"{path} does not name its base model")
-    beside = adapter / base
+    beside = trained / base
     if beside.is_dir():
         return str(beside.resolve())
     if base.startswith(("/", ".")) and not Path(base).is_dir():

@@ -1,32 +1,33 @@
 """Training batches: the inference prompt, token for token and pixel for pixel, with the answer appended.
 
 A batch is what `TransformersVlm.encode` makes for inference (left-padded) with the target tokens to its right
-(right-padded), so that all targets stand in the last columns and only their logits need computing.
+(right-padded), so that all targets stand in the last columns and only their logits need computing. Nothing is ever cut
+off: what is longer than the model's positions is dropped, and counted.
 """
 
 from __future__ import annotations
 
-import inspect
+import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from PIL.Image import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mpa_edge.errors import RunError
+from mpa_edge.errors import ImageError, RunError
+from mpa_edge.features import CACHE_BYTES
 from mpa_edge.runtime.images import open_image
 from mpa_edge.transformers_vlm import TransformersVlm
 
-# Image features of a frozen encoder are computed once, as long as they fit.
-CACHE_BYTES = 2 << 30
-# What a model may take besides pixels for its prompt to be put together from the cache.
-PIXELS = {"pixel_values", "pixel_attention_mask"}
-TEXT = {"input_ids", "attention_mask"}
 IGNORED = -100
+FEATURES = "mm_encoder_outputs"
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -64,34 +65,62 @@ def read_examples(path: Path) -> list[Example]:
     return examples
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded prompt: what has one number per token, what else the model takes, and its picture's features."""
+
+    tokens: dict[str, torch.Tensor]
+    facts: dict[str, torch.Tensor]
+    features: torch.Tensor
+
+
 class TrainingData:
     """Examples as model inputs. With a frozen image encoder and a model that takes its output ready-made, prompts and
     features are computed once and kept; otherwise every batch is encoded anew. The loss is the same."""
 
     def __init__(
-        self, student: TransformersVlm, examples: Sequence[Example], *, cache_bytes: int = CACHE_BYTES
+        self,
+        student: TransformersVlm,
+        examples: Sequence[Example],
+        *,
+        frozen_features: bool = True,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        """`frozen_features` says that training changes nothing of what makes the image features."""
+        self.examples = list(examples)
+        self.dropped: dict[str, str] = {}
         self._student = student
-        self._examples = examples
         self._targets = [student.target_ids(example.answer) for example in examples]
-        self._prompts: dict[int, torch.Tensor] = {}
-        self._features: dict[Path, torch.Tensor] = {}
-        self._cache_bytes = cache_bytes
+        self._prompts: list[Prompt] = []
+        self._lengths: list[int] = []
+        self._caching = frozen_features
+        self._listed = True
+        self._room = cache_bytes
 
     def prepare(self) -> None:
-        """Fill the cache, batch by batch in the order of the examples, so that it never depends on a resume."""
-        if not takes_features(self._student.model):
-            return
-        for start in range(0, len(self._examples), self._student.batch_size):
-            places = range(start, min(start + self._student.batch_size, len(self._examples)))
-            if not self._keep(places):
+        """Look at every prompt before training starts: `examples` keeps those that can be trained on, `dropped` tells
+        the reason for the others by their ids. Fills the cache on the way."""
+        most = most_tokens(self._student.model)
+        kept = []
+        for places in in_batches(range(len(self.examples)), self._student.batch_size):
+            images = {place: image for place in places if (image := self._opened(place)) is not None}
+            prompts, lengths = self._encode_once(images) if images else ([], [])
+            for row, place in enumerate(images):
+                length = lengths[row] + len(self._targets[place])
+                if most is not None and length > most:
+                    self.dropped[self.examples[place].id] = f"too_long: {length} tokens, the model takes {most}"
+                    continue
+                kept.append(place)
+                self._lengths.append(length)
+                self._prompts += prompts[row : row + 1]
+            if not self._caching:
                 self._prompts.clear()
-                self._features.clear()
-                return
+        self.examples = [self.examples[place] for place in kept]
+        self._targets = [self._targets[place] for place in kept]
 
     def batch(self, places: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs for some examples, and labels (rows, longest target) with `IGNORED` as padding."""
-        inputs = self._cached(places) if self._prompts else self._encoded(places)
+        inputs = self._joined(places) if self._prompts else self._encoded(places)
         targets = [self._targets[place] for place in places]
         return append_targets(inputs, targets, pad=self._student.pad)
 
@@ -108,38 +137,81 @@ class TrainingData:
         generator.shuffle(batches)
         return batches
 
+    def target_tokens(self, places: Sequence[int]) -> int:
+        """How many tokens the loss of some examples is on."""
+        return sum(len(self._targets[place]) for place in places)
+
     def _length(self, place: int) -> int:
-        return len(self._examples[place].prompt) + len(self._targets[place])
+        return self._lengths[place] if self._lengths else len(self.examples[place].prompt) + len(self._targets[place])
+
+    def _opened(self, place: int) -> Image | None:
+        try:
+            return open_image(self.examples[place].image)
+        except ImageError as error:
+            self.dropped[self.examples[place].id] = f"{error.reason}: {error}"
+            return None
 
     def _encoded(self, places: Sequence[int]) -> dict[str, Any]:
-        examples = [self._examples[place] for place in places]
+        examples = [self.examples[place] for place in places]
         images = [open_image(example.image) for example in examples]
         return dict(self._student.encode(images, [example.prompt for example in examples]))
 
-    @torch.no_grad()
-    def _keep(self, places: Sequence[int]) -> bool:
-        """Compute and keep what these examples need; False when that cannot be, or takes too much memory."""
-        inputs = self._encoded(places)
-        if not inputs.keys() <= TEXT | PIXELS:
-            return False
-        pixels = {key: value for key, value in inputs.items() if key in PIXELS}
-        found = self._student.model.get_image_features(**pixels).pooler_output
-        if not isinstance(found, (list, tuple)) or len(found) != len(places):
-            return False
-        for row, place in enumerate(places):
-            self._prompts[place] = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
-            self._features.setdefault(self._examples[place].image, found[row].clone())
-        return sum(features.nbytes for features in self._features.values()) <= self._cache_bytes
+    def _encode_once(self, pictures: Mapping[int, Image]) -> tuple[list[Prompt], list[int]]:
+        """The prompts of some examples, none when they are not kept, and their lengths in tokens."""
+        images, texts = list(pictures.values()), [self.examples[place].prompt for place in pictures]
+        if self._caching:
+            try:
+                inputs = self._student.encode_with_features(images, texts)
+                if inputs is not None:
+                    prompts = self._cut(dict(inputs))
+                    self._room -= sum(prompt.features.nbytes for prompt in prompts)
+                    self._caching = self._room >= 0
+                    return prompts, [len(prompt.tokens["input_ids"]) for prompt in prompts]
+            except (TypeError, ValueError, RuntimeError, AttributeError):
+                pass  # a model that takes features in a way of its own, or a bad picture, which raises again below
+            self._caching = False
+        inputs = self._student.encode(images, texts)
+        return [], inputs["attention_mask"].sum(dim=1).tolist()
 
-    def _cached(self, places: Sequence[int]) -> dict[str, Any]:
-        prompts = [self._prompts[place] for place in places]
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.stack([_pad_left(prompt, width, self._student.pad) for prompt in prompts])
-        mask = torch.stack([_pad_left(torch.ones_like(prompt), width, 0) for prompt in prompts])
-        features = [self._features[self._examples[place].image] for place in places]
-        # A list with the features of each picture, as `get_image_features` gives it.
-        image = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
-        return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": {"image": image}}
+    def _cut(self, inputs: dict[str, Any]) -> list[Prompt]:
+        """A batch as one prompt per row; raises one of Python's own errors where it cannot be cut."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        features = inputs.pop(FEATURES)["image"].pooler_output
+        self._listed = isinstance(features, (list, tuple))
+        if not self._listed:
+            features = features.split((ids == self._student.model.config.image_token_id).sum(dim=1).tolist())
+        per_token = {key: value for key, value in inputs.items() if value.shape == ids.shape}
+        facts = {key: value for key, value in inputs.items() if key not in per_token}
+        if any(len(value) != len(ids) for value in (*facts.values(), features)):
+            raise ValueError("not one item per row")
+        return [
+            Prompt(
+                {key: value[row][mask[row]].cpu() for key, value in per_token.items()},
+                {key: value[row : row + 1].cpu() for key, value in facts.items()},
+                features[row].cpu(),
+            )
+            for row in range(len(ids))
+        ]
+
+    def _joined(self, places: Sequence[int]) -> dict[str, Any]:
+        """Prompts that are kept, as a batch."""
+        prompts, device = [self._prompts[place] for place in places], self._student.model.device
+        width = max(len(prompt.tokens["input_ids"]) for prompt in prompts)
+        inputs: dict[str, Any] = {}
+        for key in prompts[0].tokens:
+            fill = self._student.pad if key == "input_ids" else 0
+            rows = [_pad_left(prompt.tokens[key], width, fill) for prompt in prompts]
+            inputs[key] = torch.stack(rows).to(device)
+        for key in prompts[0].facts:
+            inputs[key] = torch.cat([prompt.facts[key] for prompt in prompts]).to(device)
+        features: Any = [prompt.features.to(device) for prompt in prompts]
+        found = features if self._listed else torch.cat(features)
+        return {**inputs, FEATURES: {"image": BaseModelOutputWithPooling(pooler_output=found)}}
+
+
+def most_tokens(model: Any) -> int | None:
+    """The length that the language model's positions allow, where it has such a limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def append_targets(
@@ -175,25 +247,22 @@ def loss_and_exact(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> 
     return loss, int(right.all(dim=1).sum())
 
 
-def takes_features(model: Any) -> bool:
-    """Whether the model's forward takes an image encoder's output in the place of pixels."""
-    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters and hasattr(model, "get_image_features")
-
-
 def split_by_group(examples: Sequence[Example], share: float, seed: int) -> tuple[list[int], list[int]]:
     """The places of the examples to train on and of those held out: whole pictures, at least one, about `share`."""
-    from mpa_edge.selection import drawn
 
-    groups = sorted({example.group for example in examples})
-    held_groups = set(drawn(groups, max(1, round(share * len(groups))), seed, key=str))
+    def draw(group: str) -> bytes:
+        return hashlib.sha256(f"{seed} {group}".encode()).digest()
+
+    groups = sorted({example.group for example in examples}, key=draw)
+    held_groups = set(groups[: max(1, round(share * len(groups)))])
     places = range(len(examples))
     held = [place for place in places if examples[place].group in held_groups]
     return [place for place in places if examples[place].group not in held_groups], held
 
 
-def in_batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """Consecutive batches."""
-    return (places[start : start + size] for start in range(0, len(places), size))
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _pad_left(row: torch.Tensor, width: int, value: int) -> torch.Tensor:

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from mpa_edge import level as level_module
 from mpa_edge.config import AlignConfig
-from mpa_edge.errors import FingerprintMismatch, ModelError, RunError
-from mpa_edge.level import level, steps_of
+from mpa_edge.errors import FingerprintMismatch, RunError
+from mpa_edge.level import level
 from mpa_edge.models import base_of, open_vlm
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Decoding
@@ -24,7 +24,6 @@ from mpa_edge.training_data import (
     append_targets,
     loss_and_exact,
     split_by_group,
-    takes_features,
 )
 from mpa_edge.transformers_vlm import TransformersVlm
 
@@ -48,9 +47,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
 
 def config(student: Path, **settings: Any) -> AlignConfig:
     usual: dict[str, Any] = {"epochs": 3, "train_batch_size": 8, "learning_rate": 5e-3, "patience": 99, "rank": 4}
-    return AlignConfig(
-        images=Path("none"), teacher="none", student=str(student), task="reference", **{**usual, **settings}
-    )
+    return AlignConfig(images="none", teacher="none", student=str(student), task="reference", **{**usual, **settings})
 
 
 def student_of(folder: Path) -> TransformersVlm:
@@ -287,23 +284,3 @@ def test_batches_cover_everything_once(student: TransformersVlm, examples: list[
     first, again, other = (data.batches(range(23), 4, seed) for seed in ("0 0", "0 0", "0 1"))
     assert sorted(place for batch in first for place in batch) == list(range(23))
     assert first == again != other
-    assert steps_of(23, AlignConfig(images="x", teacher="t", student="s", task="t", train_batch_size=4, epochs=2)) == 12
-
-
-def test_models_without_ready_made_features_are_encoded_each_time(student: TransformersVlm) -> None:
-    class Old(torch.nn.Module):
-        def forward(self, input_ids: Any, pixel_values: Any) -> None: ...
-
-    assert takes_features(student.model)
-    assert not takes_features(Old())
-
-
-def test_what_has_no_language_model_is_refused(student: TransformersVlm) -> None:
-    from mpa_edge.lora import language_linears
-
-    class Odd(torch.nn.Module):
-        def get_decoder(self) -> Any:
-            return self
-
-    with pytest.raises(ModelError, match="language model"):
-        language_linears(Odd())

@@ -1,0 +1,52 @@
+"""Full fine-tuning: all weights of the chosen parts, and the whole model on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpa_edge.config import AlignConfig
+from mpa_edge.lora import name_of_base, remove_adapter
+from mpa_edge.models import WHOLE
+from mpa_edge.records import write_atomic
+from mpa_edge.trainable import Anatomy
+
+
+class WholeModel:
+    """A model of which some parts are trained as they are. Weights are held in float32 meanwhile, since steps of
+    training get lost in 16 bit; `close` gives them their own type back."""
+
+    def __init__(self, model: Any, processor: Any, config: AlignConfig, folder: Path, start: Path | None) -> None:
+        """All else is frozen. With `start`, the weights are those of that folder. `folder` is where it goes."""
+        remove_adapter(model)
+        if start is not None:
+            model.load_state_dict(type(model).from_pretrained(start, dtype=model.dtype).state_dict())
+        self._model, self._processor, self._dtype = model, processor, model.dtype
+        self._base = name_of_base(config.student, folder)
+        chosen = set(Anatomy(model).weights(config.train))
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in chosen)
+        self._cast(torch.float32)
+        self.weights: dict[str, nn.Parameter] = {
+            name: weight for name, weight in model.named_parameters() if name in chosen
+        }
+
+    def close(self) -> None:
+        """See `Trainee`."""
+        self._cast(self._dtype)
+
+    def save(self, folder: Path) -> None:
+        """Write a complete transformers folder, and beside it which tensors of which base were trained."""
+        self._model.save_pretrained(folder)
+        self._processor.save_pretrained(folder)
+        facts = {"base_model_name_or_path": self._base, "tensors": sorted(self.weights)}
+        write_atomic(folder / WHOLE, json.dumps(facts, indent=2) + "\n")
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        # Not `model.to`, which would take the tables of the position embedding, always float32, along.
+        for weight in self._model.parameters():
+            weight.data = weight.data.to(dtype)
