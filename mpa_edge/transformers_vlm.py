@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mpa_edge.digests import digest_of_adapter, digest_of_folder
 from mpa_edge.errors import InputError, ModelError
+from mpa_edge.features import CACHE_BYTES, FeatureCache, known_pictures, takes_features
 from mpa_edge.phases import Phases
 from mpa_edge.plain_text import PlainText, insert_left_padded
 from mpa_edge.processors import load_processor
@@ -27,6 +28,8 @@ from mpa_edge.sampling import RowSampling, seed_of
 
 # A private-use character stands for the user's text where a template is rendered to be cut there.
 SLOT = "\ue000"
+# What helps when a single picture is too much.
+SMALLER = "Make pictures smaller (--longest-edge, --teacher-longest-edge) or load the teacher in 4 bit (--teacher-4bit)"
 
 
 class TransformersVlm:
@@ -35,9 +38,18 @@ class TransformersVlm:
     engine = "transformers"
 
     def __init__(
-        self, model: Any, processor: Any, *, name: str, source: dict[str, Any] | None = None, batch_size: int = 32
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str,
+        source: dict[str, Any] | None = None,
+        batch_size: int = 32,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """`source` says which weights these are (digest, revision, …), for fingerprints."""
+        """`source` says which weights these are (digest, revision, …), for fingerprints. `batch_size` shrinks when
+        memory runs out. `cache_bytes` is what image features may take of main memory; 0 keeps none, and encodes
+        pictures batch by batch."""
         self.name = name
         self.batch_size = batch_size
         self.model = model.eval()
@@ -45,6 +57,8 @@ class TransformersVlm:
         self._source = source or {}
         self._stops = self._stop_tokens()
         self._plain = PlainText(processor.tokenizer)
+        self._features = FeatureCache(cache_bytes) if cache_bytes and takes_features(model) else None
+        self._features_proven = False
         # A model's own generation_config may sample, penalise repetitions and the like: the caller decides that here.
         self.model.generation_config = GenerationConfig(
             eos_token_id=self._stops, pad_token_id=self.pad, bos_token_id=model.generation_config.bos_token_id
@@ -89,16 +103,23 @@ class TransformersVlm:
         return cls(model.to(place), processor, name=name or _name_of(spec), source=source, batch_size=batch_size)
 
     def answer(self, images: Sequence[Image], prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[Answer]:
-        """As `Vlm.answer`. Phases are timed where there is one pair only; a batch has no latency of its own."""
+        """As `Vlm.answer`. Phases are timed, and kept image features left alone, where one pair is asked: several have
+        no latency of their own, and features from the cache would fake the latency of one."""
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} pictures and {len(prompts)} prompts")
-        # Prompts of like length share a batch, so that little is padding.
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        if len(images) == 1:
+            return self._answer(images, prompts, decoding, timed=True)
+        # Prompts of like length share a batch, so that little is padding. Most of a prompt are its image tokens.
+        order = sorted(range(len(prompts)), key=lambda index: (self._patches(images[index]), len(prompts[index])))
         answers: dict[int, Answer] = {}
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        while len(answers) < len(order):
+            most = self.batch_size
+            batch = order[len(answers) : len(answers) + most]
             found = self._answer([images[index] for index in batch], [prompts[index] for index in batch], decoding)
             answers.update(zip(batch, found, strict=True))
+            if self.batch_size < most:
+                told = f"out of memory with {len(batch)} pictures at once, going on with {self.batch_size}"
+                sys.stderr.write(f"{self.name}: {told}\n")
         return [answers[index] for index in range(len(prompts))]
 
     def encode(self, images: Sequence[Image], prompts: Sequence[str]) -> BatchFeature:
@@ -106,12 +127,29 @@ class TransformersVlm:
 
         Special tokens that stand in a prompt (`<image>`, `<end_of_utterance>`) are encoded as the text they are.
         """
+        return self._encode(self.processor, images, prompts)
+
+    def encode_with_features(self, images: Sequence[Image], prompts: Sequence[str]) -> BatchFeature | None:
+        """As `encode`, with image features in the place of pixels: `mm_encoder_outputs`, of which
+        `["image"].pooler_output` lists each picture's features (tokens, width). Pictures asked before are not encoded
+        again. None for a model that takes no features, or when none are to be kept.
+
+        For generation and for training alike, as long as what makes the features is frozen.
+        """
+        if self._features is None:
+            return None
+        processor, pictures = known_pictures(self.processor, self.model, self._features)
+        inputs = self._encode(processor, images, prompts)
+        inputs["mm_encoder_outputs"] = pictures.encoder_outputs()
+        return inputs
+
+    def _encode(self, processor: Any, images: Sequence[Image], prompts: Sequence[str]) -> BatchFeature:
         typed = {row: prompt for row, prompt in enumerate(prompts) if self._plain.holds_added_tokens(prompt)}
         turns = [
             _turn({"type": "image", "image": image}, "" if row in typed else prompt)
             for row, (image, prompt) in enumerate(zip(images, prompts, strict=True))
         ]
-        inputs: BatchFeature = self.processor.apply_chat_template(
+        inputs: BatchFeature = processor.apply_chat_template(
             turns,
             add_generation_prompt=True,
             tokenize=True,
@@ -176,31 +214,69 @@ class TransformersVlm:
             raise ModelError(f"{self.name}: neither generation_config.json nor the tokenizer names a stop token")
         return list(dict.fromkeys(stops))
 
-    def _answer(self, images: list[Image], prompts: list[str], decoding: Decoding) -> list[Answer]:
-        """One batch; halved as often as it does not fit into memory."""
+    def _patches(self, image: Image) -> int:
+        """How much the image processor makes of a picture of this size, in its own measure."""
+        count = getattr(self.processor.image_processor, "get_number_of_image_patches", lambda height, width, _: 0)
         try:
-            return self._generate(images, prompts, decoding)
-        except torch.OutOfMemoryError as error:
-            if len(images) == 1:
-                return [Answer("", finish_reason="error", error=f"out of memory: {_first_line(error)}")]
+            found = count(image.height, image.width, {})
+        except ValueError:  # a shape that it refuses; it will say so when it is asked in earnest
+            return 0
+        return int(found[0] if isinstance(found, tuple) else found)
+
+    def _answer(
+        self, images: Sequence[Image], prompts: Sequence[str], decoding: Decoding, *, timed: bool = False
+    ) -> list[Answer]:
+        """One batch, in smaller ones when it does not fit into memory or holds a pair that is refused."""
+        size = len(images)
+        try:
+            return self._generate(images, prompts, decoding, timed=timed)
         except torch.AcceleratorError as error:
             # The device is in an unknown state: every further answer would fail too, and none of them for its own sake.
             raise ModelError(f"{self.name}: {_first_line(error)}") from error
         except (ValueError, RuntimeError) as error:
-            # One pair that a processor or model refuses must not take the others of its batch with it.
-            if len(images) == 1:
-                return [Answer("", finish_reason="error", error=_first_line(error))]
+            no_memory = _is_out_of_memory(error)
+            if size == 1:
+                reason = _first_line(error)
+                return [Answer("", finish_reason="error", error=f"{reason}. {SMALLER}" if no_memory else reason)]
+        # The error is gone here, and with it what it held of the memory.
         torch.cuda.empty_cache()
-        half = len(images) // 2
-        return [
-            *self._answer(images[:half], prompts[:half], decoding),
-            *self._answer(images[half:], prompts[half:], decoding),
-        ]
+        part = size // 2
+        if no_memory:
+            self.batch_size = min(self.batch_size, part)
+        answers: list[Answer] = []
+        while len(answers) < size:
+            places = slice(len(answers), len(answers) + min(part, self.batch_size))
+            answers += self._answer(images[places], prompts[places], decoding)
+        return answers
+
+    def _generate(
+        self, images: Sequence[Image], prompts: Sequence[str], decoding: Decoding, *, timed: bool
+    ) -> list[Answer]:
+        if timed or self._features is None:
+            return self._generate_from(self.encode, images, prompts, decoding, timed=timed)
+        try:
+            answers = self._generate_from(self.encode_with_features, images, prompts, decoding)
+        except Exception as error:
+            if self._features_proven or _is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise
+            # A model that takes features in a way of its own. Or a picture is bad: then this raises too.
+            answers = self._generate_from(self.encode, images, prompts, decoding)
+            self._features = None
+        self._features_proven = True
+        return answers
 
     @torch.inference_mode()
-    def _generate(self, images: list[Image], prompts: list[str], decoding: Decoding) -> list[Answer]:
-        with Phases(self.model, watch=len(images) == 1) as phases:
-            inputs = self.encode(images, prompts)
+    def _generate_from(
+        self,
+        encode: Callable[[Sequence[Image], Sequence[str]], Any],
+        images: Sequence[Image],
+        prompts: Sequence[str],
+        decoding: Decoding,
+        *,
+        timed: bool = False,
+    ) -> list[Answer]:
+        with Phases(self.model, watch=timed) as phases:
+            inputs = encode(images, prompts)
             phases.mark("encoded")
             choose: list[Any] = [phases]
             if decoding.temperature > 0:
@@ -268,3 +344,9 @@ def _name_of(spec: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an error of its own for it, other devices only say so."""
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)

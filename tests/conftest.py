@@ -22,6 +22,11 @@ CHAT_TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for line in message['content'] %}"
+    "{% if line['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ line['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -121,6 +126,65 @@ def make_idefics3(
     return folder
 
 
+def make_qwen2_vl(seed: int = 0) -> tuple[Any, Any]:
+    """A random Qwen2-VL. Its processor lacks the part for videos, which cannot be loaded without torchvision."""
+    import torch
+    from transformers import ProcessorMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokens = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+    }
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", *tokens.values()]})
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+    class ImagesOnly(Qwen2VLProcessor):
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
+            self.image_token, self.image_token_id = tokens["image_token"], ids["image_token_id"]
+            self.video_token, self.video_token_id = tokens["video_token"], ids["video_token_id"]
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    images = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, size={"shortest_edge": 4 * 16 * 16, "longest_edge": 36 * 16 * 16}
+    )
+    config = Qwen2VLConfig(
+        **ids,
+        tie_word_embeddings=True,
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 8,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, ImagesOnly(images, tokenizer, QWEN_TEMPLATE)
+
+
 @pytest.fixture(scope="session")
 def tiny_idefics3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: pictures become up to 3 x 3 tiles of 64 pixels plus the overview."""
@@ -131,6 +195,12 @@ def tiny_idefics3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_one_tile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like `tiny_idefics3`, but every picture is one tile, untied output weights."""
     return make_idefics3(tmp_path_factory.mktemp("tiny") / "tiny-one-tile", longest_edge=64, tied=False, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_vl() -> tuple[Any, Any]:
+    """A random Qwen2-VL with its processor: pictures of 4 to 36 image tokens, positions in three axes."""
+    return make_qwen2_vl()
 
 
 @pytest.fixture(scope="session")

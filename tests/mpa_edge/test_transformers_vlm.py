@@ -149,31 +149,91 @@ def test_phases_are_timed_for_one_pair_only(vlm: TransformersVlm) -> None:
     assert all(answer.timings.total is None for answer in vlm.answer(PICTURES[:2], PROMPTS[:2], SHORT))
 
 
-def test_a_batch_that_does_not_fit_is_halved(vlm: TransformersVlm, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [answer.tokens for answer in vlm.answer(PICTURES, PROMPTS, SHORT)]
+def with_memory_for(vlm: TransformersVlm, most: int, monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[int]:
+    """Let the model fail on larger batches; returns the sizes that it is tried with."""
     generate, sizes = vlm.model.generate, []
 
     def small_memory(**inputs: Any) -> Any:
         sizes.append(len(inputs["input_ids"]))
-        if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("out of memory")
+        if sizes[-1] > most:
+            raise error
         return generate(**inputs)
 
     monkeypatch.setattr(vlm.model, "generate", small_memory)
-    assert [answer.tokens for answer in vlm.answer(PICTURES, PROMPTS, SHORT)] == expected
-    assert sizes == [5, 2, 3, 1, 2]
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("[enforce fail] can't allocate memory"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_a_batch_that_does_not_fit_is_halved_and_the_size_that_fits_is_kept(
+    vlm: TransformersVlm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    expected = [answer.tokens for answer in vlm.answer(PICTURES, PROMPTS, SHORT)]
+    small = TransformersVlm(vlm.model, vlm.processor, name="small", batch_size=5)
+    sizes = with_memory_for(small, 2, monkeypatch, error)
+    for _ in range(2):
+        assert [answer.tokens for answer in small.answer(PICTURES * 2, PROMPTS * 2, SHORT)] == expected * 2
+    assert sizes == [5, 2, 2, 1, 2, 2, 1, 2, 2, 2, 2, 2]
+    assert small.batch_size == 2
+    assert capsys.readouterr().err == "small: out of memory with 5 pictures at once, going on with 2\n"
+
+
+def test_a_single_pair_that_does_not_fit_names_the_cure(
+    vlm: TransformersVlm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = TransformersVlm(vlm.model, vlm.processor, name="small", batch_size=5)
+    with_memory_for(small, 0, monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    for answers in (small.answer(PICTURES, PROMPTS, SHORT), small.answer(PICTURES[:1], PROMPTS[:1], SHORT)):
+        assert all(answer.finish_reason == "error" for answer in answers)
+        assert all("out of memory" in (answer.error or "") for answer in answers)
+        assert all("--longest-edge" in (answer.error or "") for answer in answers)
+        assert all("--teacher-4bit" in (answer.error or "") for answer in answers)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_pair_that_is_refused_says_nothing_about_memory(
+    vlm: TransformersVlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = TransformersVlm(vlm.model, vlm.processor, name="small", batch_size=5)
+    with_memory_for(small, 2, monkeypatch, ValueError("too odd"))
+    answers = small.answer(PICTURES, PROMPTS, SHORT)
+    assert small.batch_size == 5
+    assert all(answer.error is None for answer in answers)
+
+
+def test_pictures_of_like_size_share_a_batch(vlm: TransformersVlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture of one tile beside one of ten would be padding nearly all through."""
+    small = TransformersVlm(vlm.model, vlm.processor, name="small", batch_size=2)
+    encode, tokens = small._encode, []
+
+    def counts(processor: Any, images: Any, prompts: Any) -> Any:
+        inputs = encode(processor, images, prompts)
+        tokens.append(inputs["attention_mask"].sum(dim=1).tolist())
+        return inputs
+
+    monkeypatch.setattr(small, "_encode", counts)
+    wide, tile = scene(180, 180, 1), scene(190, 60, 2)
+    long = "Which of the many bars in the picture is the highest of them all, and what is its value?"
+    small.answer([wide, tile, wide, tile], ["?", long, long, "?"], SHORT)
+    assert max(tokens[0]) < min(tokens[1])
 
 
 def test_one_pair_that_fails_leaves_the_others(vlm: TransformersVlm, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = vlm.encode
+    encode = vlm._encode
 
-    def refuses(images: Any, prompts: Any) -> Any:
+    def refuses(processor: Any, images: Any, prompts: Any) -> Any:
         if PICTURES[2] in images:
             raise ValueError("this picture is cursed\nat length")
-        return encode(images, prompts)
+        return encode(processor, images, prompts)
 
     expected = vlm.answer(PICTURES, PROMPTS, SHORT)
-    monkeypatch.setattr(vlm, "encode", refuses)
+    monkeypatch.setattr(vlm, "_encode", refuses)
     answers = vlm.answer(PICTURES, PROMPTS, SHORT)
     assert (answers[2].finish_reason, answers[2].error) == ("error", "this picture is cursed")
     assert [a.tokens for i, a in enumerate(answers) if i != 2] == [a.tokens for i, a in enumerate(expected) if i != 2]
