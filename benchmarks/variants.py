@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from mpa_edge.bundle import MANIFEST, Bundle, read_bundle, sha256_of
+from mpa_edge.chat_address import is_address, parse_spec
 from mpa_edge.digests import digest_of_adapter, digest_of_folder
 from mpa_edge.errors import InputError
 from mpa_edge.fake import PREFIX as FAKE
@@ -65,7 +66,7 @@ def place_on_road(variant: Variant, engines: Sequence[str]) -> tuple[int, int, i
 
 
 def baseline_of(text: str) -> Variant:
-    """The variant of `role=spec` or `spec`: a folder, a hub id, or a fake."""
+    """The variant of `role=spec` or `spec`: a folder, a hub id, a chat server, or a fake."""
     role, equals, spec = text.partition("=")
     if not equals or role not in BASELINE_ROLES:
         role, spec = "other", text
@@ -73,6 +74,9 @@ def baseline_of(text: str) -> Variant:
     if folder.joinpath(MANIFEST).is_file():
         variant = bundle_of(spec)
         return variant if role == "other" else replace(variant, name=role, step=cast("Step", role))
+    if is_address(spec):
+        url, model = parse_spec(spec)
+        return Variant((model or url).rsplit("/", 1)[-1] if role == "other" else role, spec, cast("Step", role), "chat")
     looks_like_path = spec.startswith((".", "/", "~")) or folder.exists()
     if looks_like_path and not any(folder.joinpath(name).is_file() for name in ("config.json", ADAPTER)):
         raise InputError(f"--baseline {text}: {spec} is no model folder (neither config.json nor {ADAPTER} is there)")

@@ -12,7 +12,6 @@ What may pass by itself (429, 5xx, a lost connection, a time-out) the `openai` c
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -25,14 +24,11 @@ from urllib.parse import urlsplit
 import openai
 from PIL import Image
 
+from mpa_edge.chat_address import KEYS, api_key, parse_spec
 from mpa_edge.chat_messages import ENCODING, answer_of, failed, request_of
 from mpa_edge.errors import BudgetSpent, InputError, ModelError
-from mpa_edge.models import SCHEMES
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding, Timings
 
-# Our own name comes first, so that the key of a server of one's own need not displace the one for OpenAI. Set to
-# nothing, it keeps OPENAI_API_KEY at home.
-KEYS = ("MPA_EDGE_API_KEY", "OPENAI_API_KEY")
 CONNECT_SECONDS = 10.0
 # How long a server may take to say that it is there.
 ALIVE_SECONDS = 30.0
@@ -243,33 +239,6 @@ class ChatVlm:
 
 class Stopped(Exception):
     """Another request of the same call has ended it."""
-
-
-def parse_spec(spec: str) -> tuple[str, str]:
-    """Address and model of `http(s)://HOST/v1#MODEL`; `InputError` for what would carry a secret into files."""
-    url, _, model = spec.partition("#")
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname if parts.port != 0 else None
-    except ValueError:
-        host = None
-    if not host or not url.lower().startswith(SCHEMES):
-        raise InputError("the address of a chat server looks like http://localhost:8000/v1#MODEL, with a host")
-    if "@" in parts.netloc or parts.query:
-        raise InputError(
-            f"{parts.scheme}://{host}{parts.path}: an address with a password or a ? in it would end up in files. "
-            f"Put the key into the environment: {KEYS[0]} or {KEYS[1]}."
-        )
-    return url.rstrip("/"), model
-
-
-def api_key() -> str:
-    """The key from the environment, or nothing."""
-    name = next((name for name in KEYS if name in os.environ), KEYS[0])
-    key = os.environ.get(name, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(f"{name} holds characters that cannot be in a key")
-    return key
 
 
 def _only(served: list[str] | None, url: str) -> str:

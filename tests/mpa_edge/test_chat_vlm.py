@@ -26,8 +26,9 @@ from PIL import Image
 
 import mpa_edge.benchmarks
 from mpa_edge.benchmarks.reference import write_test
+from mpa_edge.chat_address import parse_spec
 from mpa_edge.chat_messages import ENCODING, PNG_PIXELS, data_url, request_of
-from mpa_edge.chat_vlm import FAILED_IN_A_ROW, ChatVlm, parse_spec
+from mpa_edge.chat_vlm import FAILED_IN_A_ROW, ChatVlm
 from mpa_edge.errors import BudgetSpent, InputError, ModelError
 from mpa_edge.models import open_vlm
 from mpa_edge.runtime.vlm import Decoding, Vlm
