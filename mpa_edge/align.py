@@ -1,4 +1,4 @@
-"""The alignment of a student to a teacher: samples, annotate, identify, level, and what came of it.
+"""The alignment of a student to a teacher: the training set, the training, and what came of it.
 
 align(config)                               loads the models
 align_models(config, teacher, student)      works on loaded ones
@@ -7,44 +7,36 @@ align_models(config, teacher, student)      works on loaded ones
 from __future__ import annotations
 
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpa_edge.annotate import annotate
-from mpa_edge.audit import write_audit
-from mpa_edge.collapse import collapse
+from mpa_edge.audit import audit_run
 from mpa_edge.config import AlignConfig
-from mpa_edge.datasets import Skipped, scan_images
+from mpa_edge.digests import digest_of_trained
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError, require
-from mpa_edge.identify import identify
 from mpa_edge.models import ADAPTER, open_vlm
-from mpa_edge.parts import compare_fingerprints, read_parts
-from mpa_edge.progress import progress
-from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
-from mpa_edge.run_folder import RUN, RunFolder, RunLog, read_run
+from mpa_edge.progress import progress, say
+from mpa_edge.run_folder import RoundFolder, RunFolder, delete, set_aside
 from mpa_edge.runtime.vlm import Vlm
-from mpa_edge.selection import select_cases, training_row
-from mpa_edge.tasks import Task, task_named
+from mpa_edge.tasks import task_named
+from mpa_edge.training_set import RoundCounts, Scanned, TrainingSetMaker, describe, stage_name
 
 if TYPE_CHECKING:
     from mpa_edge.transformers_vlm import TransformersVlm
-
-# One question with one answer may make up this share of a run's annotations; rarer ones are never too many.
-PAIR_SHARE = 0.05
-# Settings that may differ when a run goes on.
-NOT_SHAPING = ("images", "teacher", "student", "task", "out", "fresh", "batch_size", "device")
-
 
 # What the last stage needs is asked for before the first one starts.
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "rapidfuzz")
 
 
+Round = tuple[RoundCounts, dict[str, Any]]  # with the training's metrics
+
+
 @dataclass(frozen=True)
 class AlignResult:
-    """What a run kept and dropped. Counts are rows: files, annotations, cases, training rows."""
+    """What a run kept and dropped. Counts are rows: files, annotations, cases, training rows; `verdicts`, `training`
+    and `metrics` are those of the last round, `earlier` holds the same of the rounds before it."""
 
     run: Path
     pictures: int
@@ -53,7 +45,10 @@ class AlignResult:
     rejected: dict[str, int]
     verdicts: dict[str, int]
     training: dict[str, int]
+    collapsed: int = 0
+    shared: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[Round, ...] = ()
 
     @property
     def adapter(self) -> Path:
@@ -67,17 +62,21 @@ class AlignResult:
 
     def summary(self) -> str:
         """The result in a few lines, for people."""
-        kept = sum(self.training.values())
-        before, best = self.metrics["before"], self.metrics["best"]
+        skipped = _counts("skipped", self.skipped)
+        shared = "" if self.shared is None else f", {self.shared} shared with --test"
+        usable = self.annotations - sum(self.rejected.values())
+        lines = [
+            f"pictures     {self.pictures} used, {skipped}{shared}",
+            f"annotations  {usable} usable of {self.annotations}, {_counts('rejected', self.rejected)}",
+        ]
+        last = RoundCounts(self.verdicts, self.collapsed, self.training)
+        rounds = [*self.earlier, (last, self.metrics)]
+        for number, (counts, metrics) in enumerate(rounds, 1):
+            lines += [f"round        {number} of {len(rounds)}"] if len(rounds) > 1 else []
+            lines += _round_lines(counts, metrics)
         return "\n".join(
             (
-                f"pictures     {self.pictures} used, {_counts('skipped', self.skipped)}",
-                f"annotations  {self.annotations - sum(self.rejected.values())} usable of {self.annotations}, "
-                f"{_counts('rejected', self.rejected)}",
-                f"verdicts     {_listed(self.verdicts) or 'none'}",
-                f"training     {kept} rows ({_listed(self.training)})",
-                f"held out     {before['holdout_exact']:.1%} -> {best['holdout_exact']:.1%} right to the letter "
-                f"(epoch {self.metrics['best_epoch']}, {self.metrics['examples']['holdout']} rows)",
+                *lines,
                 f"adapter      {self.adapter}",
                 f"to look at   {RunFolder(self.run).audit}",
                 f"next         {self.next_command}",
@@ -88,170 +87,127 @@ class AlignResult:
 def align(config: AlignConfig) -> AlignResult:
     """Align as the settings say; going on where an earlier run with the same settings stopped.
 
+    An earlier run with other settings of training or selection is gone on with too: what it asked is kept, a student
+    that it had finished is put aside, with a line that says so.
+
     Raises `InputError` for settings, paths and models that cannot be, `RunLocked` when another process works in the
-    run's folder, `FingerprintMismatch` when that holds the work of other settings, and `RunError` when the models leave
-    too little to train on.
+    run's folder, `FingerprintMismatch` when that holds what other settings or models were asked, and `RunError` when
+    the models leave too little to train on.
     """
     require("align", LIBRARIES)
     task_named(config.task)
     _check_student(config.student)
-    options: dict[str, Any] = {"device": config.device, "dtype": config.dtype, "batch_size": config.batch_size}
     with RunFolder(config.run).lock():
-        student = open_vlm(config.student, **options)
-        teacher = open_vlm(config.teacher, **options)
-        return _align(config, teacher, student, teacher_done=teacher.close)
+        student = open_vlm(config.student, **_options(config, longest_edge=config.longest_edge))
+        teacher = open_vlm(
+            config.teacher,
+            **_options(config, longest_edge=config.teacher_longest_edge),
+            four_bit=config.teacher_4bit,
+            max_requests=config.max_requests,
+            concurrency=config.concurrency,
+        )
+        asked = open_vlm(config.ask) if config.ask else None
+        return _align(config, teacher, student, asked, close=True)
 
 
-def align_models(config: AlignConfig, teacher: Vlm, student: Vlm) -> AlignResult:
-    """As `align`, with models that are loaded. The student must be a transformers model; it is trained in place."""
+def align_models(config: AlignConfig, teacher: Vlm, student: Vlm, *, asked: Vlm | None = None) -> AlignResult:
+    """As `align`, with models that are loaded. The student must be a transformers model; it is trained in place.
+    `asked` is asked in its place: the bundle of `config.ask`, or anything that answers as the student does."""
     with RunFolder(config.run).lock():
-        return _align(config, teacher, student)
+        return _align(config, teacher, student, asked)
 
 
-def _align(
-    config: AlignConfig, teacher: Vlm, student: Vlm, *, teacher_done: Callable[[], None] = lambda: None
-) -> AlignResult:
-    """`teacher_done` is called before training, which may need the memory."""
-    run, task = RunFolder(config.run), task_named(config.task)
-    trainable = _trainable(student, config)
-    if config.fresh:
-        run.clear()
-    models = {
-        "teacher": {"name": teacher.name, **teacher.describe()},
-        "student": {"name": student.name, **student.describe()},
-    }
-    _refuse_other_settings(run, {"config": config.to_json(), "task": task.to_json(), **models})
-    log = RunLog(run.path / RUN, config=config.to_json(), task=task.to_json(), **models)
-    samples, skipped = _scan(config, run, log)
-    annotations = _annotate(config, run, log, teacher, samples, task)
-    cases = _identify(config, run, log, teacher, student, samples, annotations, task)
-    teacher_done()
-    chosen = _select(config, run, log, samples, cases, task)
-    result = AlignResult(
-        run=run.path,
-        pictures=len(samples),
-        skipped=_count(item.reason for item in skipped),
-        annotations=len(annotations),
-        rejected=_count(row.reason for row in annotations),
-        verdicts=_count(case.verdict for case in cases),
-        training=_count(case.verdict for case in chosen),
-    )
-    write_audit(run.audit, samples=samples, skipped=skipped, annotations=annotations, cases=cases, selected=chosen)
-    result.metrics.update(_level(config, run, log, trainable, result))
+def _align(config: AlignConfig, teacher: Vlm, student: Vlm, asked: Vlm | None, *, close: bool = False) -> AlignResult:
+    """`close` gives the memory of the models that are only asked back before training."""
+    run, trainable = RunFolder(config.run), _trainable(student, config)
+    models = describe(teacher=teacher, student=student, ask=asked if config.ask else None)
+    maker = TrainingSetMaker(config, run, models)
+    scanned = maker.scan()
+    annotations, rejected = maker.ask(teacher, asked or student)
+    for vlm in (teacher, asked) if close else ():
+        if vlm is not None:
+            vlm.close()
+    rounds: list[Round] = []
+    for number in range(1, config.rounds + 1):
+        if number > 1:
+            _ask_again(config, maker, number)
+        rounds.append((maker.select(number), {}))
+        result = _result(run, scanned, annotations, rejected, rounds)
+        if number == config.rounds:
+            audit_run(run.path)
+        result.metrics.update(_level(config, maker, number, trainable, result))
     return result
 
 
-def _refuse_other_settings(run: RunFolder, now: dict[str, Any]) -> None:
-    """`FingerprintMismatch` when the folder holds a run of other settings or models; before anything is written.
-
-    Each stage looks again at what shapes its own output; this check sees it first and names the flags.
-    """
-    if (run.path / RUN).exists():
-        compare_fingerprints(run.path, _shaping(read_run(run.path)), _shaping(now))
-
-
-def _shaping(content: dict[str, Any]) -> dict[str, Any]:
-    """What of a `run.json` shapes the results. Pictures, models and the task count by what they are, not by paths."""
-    config, models = content.get("config", {}), ("teacher", "student")
-    flags = {f"--{name.replace('_', '-')}": value for name, value in config.items() if name not in NOT_SHAPING}
-    return flags | {"--task": content.get("task")} | {side: {**content.get(side, {}), "name": None} for side in models}
-
-
-def _refuse_other_pictures(run: RunFolder, samples: Sequence[Sample]) -> None:
-    if run.samples.exists():
-        before = [row.sha256 for row in read_rows(run.samples, Sample)]
-        now = [row.sha256 for row in samples]
-        if before != now:
-            new = len(set(now) - set(before))
-            difference = (f"{len(before)} pictures", f"{len(now)} pictures, {new} of them new")
-            raise FingerprintMismatch(run.path, {"--images": difference})
-
-
-def _scan(config: AlignConfig, run: RunFolder, log: RunLog) -> tuple[list[Sample], list[Skipped]]:
-    with log.stage("samples") as facts:
-        samples, skipped = scan_images(config.images, store=run.images, cache=run.path / ".scan.jsonl")
-        samples = samples[: config.limit]
-        _refuse_other_pictures(run, samples)
-        write_rows(run.samples, samples)
-        write_rows(run.skipped, skipped)
-        facts |= {"used": len(samples), "skipped": _count(item.reason for item in skipped)}
-    return samples, skipped
-
-
-def _annotate(
-    config: AlignConfig, run: RunFolder, log: RunLog, teacher: Vlm, samples: Sequence[Sample], task: Task
-) -> list[Annotation]:
-    with log.stage("annotate") as facts, progress("annotate", len(samples)) as advance:
-        annotate(
-            teacher,
-            samples,
-            task,
-            run.annotations,
-            questions=config.questions,
-            temperature=config.temperature,
-            seed=config.seed,
-            chunk_size=config.chunk_size,
-            advance=advance,
-        )
-        rows = collapse(read_parts(run.annotations, Annotation), max_pair_share=PAIR_SHARE)
-        facts |= {"rows": len(rows), "rejected": _count(row.reason for row in rows)}
-    return rows
-
-
-def _identify(
-    config: AlignConfig,
-    run: RunFolder,
-    log: RunLog,
-    teacher: Vlm,
-    student: Vlm,
-    samples: Sequence[Sample],
-    annotations: Sequence[Annotation],
-    task: Task,
-) -> list[Case]:
-    usable = [row for row in annotations if row.reason is None]
-    pictures = {sample.id: Path(sample.path) for sample in samples}
-    with log.stage("identify") as facts, progress("identify", len(usable)) as advance:
-        identify(
-            teacher,
-            student,
-            usable,
-            pictures,
-            task,
-            run.cases,
-            match=config.match,
-            chunk_size=config.chunk_size,
-            advance=advance,
-        )
-        cases = list(read_parts(run.cases, Case))
-        facts |= {"rows": len(cases), "verdicts": _count(case.verdict for case in cases)}
-    return cases
-
-
-def _select(
-    config: AlignConfig, run: RunFolder, log: RunLog, samples: Sequence[Sample], cases: Sequence[Case], task: Task
-) -> list[Case]:
-    pictures = {sample.id: Path(sample.path) for sample in samples}
-    with log.stage("select") as facts:
-        chosen = select_cases(cases, config.select, mix=config.mix, seed=config.seed)
-        folder = run.path.resolve()
-        write_rows(run.parity, (training_row(case, pictures[case.sample_id], task, folder) for case in chosen))
-        facts |= {"rows": len(chosen), "verdicts": _count(case.verdict for case in chosen)}
-    return chosen
+def _ask_again(config: AlignConfig, maker: TrainingSetMaker, number: int) -> None:
+    """Ask the student as the round before left it, read from its files: whoever trained it, and in which process."""
+    folder = maker.round(number - 1).student
+    student = open_vlm(str(folder), **_options(config, longest_edge=config.longest_edge))
+    try:
+        maker.ask_again(number, student, digest_of_trained(folder))
+    finally:
+        student.close()
 
 
 def _level(
-    config: AlignConfig, run: RunFolder, log: RunLog, student: TransformersVlm, result: AlignResult
+    config: AlignConfig, maker: TrainingSetMaker, number: int, student: TransformersVlm, result: AlignResult
 ) -> dict[str, Any]:
     from mpa_edge.level import MINIMUM, level, steps_of
     from mpa_edge.training_data import read_examples
 
-    examples = read_examples(run.parity)
+    folder = maker.round(number)
+    examples = read_examples(folder.parity)
     if len(examples) < MINIMUM:
         raise RunError(_too_few(result, len(examples), MINIMUM))
-    with log.stage("level") as facts, progress("level", steps_of(len(examples), config)) as advance:
-        metrics = level(student, examples, run.student, config, advance=advance)
+    start = maker.round(number - 1).student if number > 1 else None
+
+    def train() -> dict[str, Any]:
+        with progress(stage_name("level", number), steps_of(examples, config)) as advance:
+            return level(student, examples, folder.student, config, advance=advance, start=start)
+
+    with maker.log.stage(stage_name("level", number)) as facts:
+        try:
+            metrics = train()
+        except FingerprintMismatch as mismatch:
+            _make_room(folder, mismatch)
+            metrics = train()
         facts |= {key: metrics[key] for key in ("examples", "parameters", "before", "best")}
     return metrics
+
+
+def _make_room(folder: RoundFolder, mismatch: FingerprintMismatch) -> None:
+    """Put a finished student of other settings aside, and drop one that was not finished."""
+    from mpa_edge.level import METRICS
+
+    what = f"{folder.student} was trained with other settings or rows ({', '.join(sorted(mismatch.differences))})"
+    if (folder.student / METRICS).exists():
+        say(f"{what}; it is kept as {set_aside(folder.student)}, and a new one is trained")
+    else:
+        say(f"{what} and not finished; training starts over")
+        delete(folder.student)
+
+
+def _result(
+    run: RunFolder,
+    scanned: Scanned,
+    annotations: int,
+    rejected: dict[str, int],
+    rounds: Sequence[Round],
+) -> AlignResult:
+    *earlier, (counts, metrics) = rounds
+    return AlignResult(
+        run=run.path,
+        pictures=scanned.pictures,
+        skipped=scanned.skipped,
+        shared=scanned.shared,
+        annotations=annotations,
+        rejected=rejected,
+        verdicts=counts.verdicts,
+        collapsed=counts.collapsed,
+        training=counts.training,
+        metrics=metrics,
+        earlier=tuple(earlier),
+    )
 
 
 def _too_few(result: AlignResult, rows: int, needed: int) -> str:
@@ -277,6 +233,16 @@ def _check_student(spec: str) -> None:
         )
 
 
+def _options(config: AlignConfig, *, longest_edge: int | None) -> dict[str, Any]:
+    """How models are opened."""
+    return {
+        "device": config.device,
+        "dtype": config.dtype,
+        "batch_size": config.batch_size,
+        "longest_edge": longest_edge,
+    }
+
+
 def _trainable(student: Vlm, config: AlignConfig) -> TransformersVlm:
     from mpa_edge.transformers_vlm import TransformersVlm
 
@@ -287,8 +253,15 @@ def _trainable(student: Vlm, config: AlignConfig) -> TransformersVlm:
     return student
 
 
-def _count(values: Iterable[str | None]) -> dict[str, int]:
-    return dict(sorted(Counter(value for value in values if value is not None).items()))
+def _round_lines(counts: RoundCounts, metrics: dict[str, Any]) -> list[str]:
+    before, best = metrics["before"], metrics["best"]
+    collapsed = f"; {counts.collapsed} collapsed" if counts.collapsed else ""
+    return [
+        f"verdicts     {_listed(counts.verdicts) or 'none'}",
+        f"training     {sum(counts.training.values())} rows ({_listed(counts.training)}){collapsed}",
+        f"held out     {before['holdout_exact']:.1%} -> {best['holdout_exact']:.1%} right to the letter "
+        f"(epoch {metrics['best_epoch']}, {metrics['examples']['holdout']} rows)",
+    ]
 
 
 def _listed(counts: dict[str, int]) -> str:

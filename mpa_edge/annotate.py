@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mpa_edge.asking import ask
-from mpa_edge.collapse import collapse
-from mpa_edge.parts import Advance, run_parts
+from mpa_edge.collapse import mark_duplicates
 from mpa_edge.records import Annotation, Sample
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
 from mpa_edge.tasks import Task
@@ -20,65 +21,61 @@ RULES = 1
 QUESTION_TOKENS = 116
 
 
-def annotate(
-    teacher: Vlm,
-    samples: Sequence[Sample],
-    task: Task,
-    folder: Path,
-    *,
-    questions: int = 1,
-    temperature: float = 1.0,
-    seed: int = 0,
-    chunk_size: int = 256,
-    advance: Advance = lambda count: None,
-) -> None:
-    """Write a part of `Annotation` rows for every chunk of samples; resumes.
+@dataclass(frozen=True)
+class Annotator:
+    """A teacher that is asked `questions` times about each picture, with another seed and the next of the task's
+    prompts each time: with one prompt and at temperature 0 it would write the same again."""
 
-    The teacher is asked `questions` times about each picture, with the next of the task's prompts and another seed each
-    time: with one prompt and at temperature 0 it would write the same again. Rejected texts are rows too, with the
-    reason.
-    """
-    decodings = [
-        Decoding(max_new_tokens=QUESTION_TOKENS + task.max_new_tokens, temperature=temperature, seed=seed + number)
-        for number in range(questions)
-    ]
-    fingerprint = {
-        "stage": "annotate",
-        "rules": RULES,
-        "teacher": teacher.describe(),
-        "prompts": task.annotate_prompts,
-        "max_answer_words": task.max_answer_words,
-        "decodings": [asdict(decoding) for decoding in decodings],
-    }
-    run_parts(
-        folder,
-        samples,
-        lambda rows: annotate_chunk(teacher, rows, task, decodings),
-        fingerprint,
-        chunk_size=chunk_size,
-        advance=advance,
-    )
+    teacher: Vlm
+    task: Task
+    questions: int = 1
+    temperature: float = 1.0
+    seed: int = 0
 
+    @property
+    def decodings(self) -> list[Decoding]:
+        """How the teacher's texts are sampled, one by one."""
+        longest = QUESTION_TOKENS + self.task.max_new_tokens
+        return [Decoding(longest, self.temperature, seed=self.seed + number) for number in range(self.questions)]
 
-def annotate_chunk(
-    teacher: Vlm, samples: Sequence[Sample], task: Task, decodings: Sequence[Decoding]
-) -> list[Annotation]:
-    """The annotations of some pictures, picture by picture."""
-    paths = [Path(sample.path) for sample in samples]
-    rounds = [
-        ask(teacher, paths, [task.prompt_about(sample.id, number) for sample in samples], decoding)
-        for number, decoding in enumerate(decodings)
-    ]
-    rows = []
-    for sample, *texts in zip(samples, *rounds, strict=True):
-        rows += annotations_of(sample, texts, task)
-    return rows
+    def fingerprint(self) -> dict[str, Any]:
+        """What shapes the annotations, as JSON."""
+        return {
+            "stage": "annotate",
+            "rules": RULES,
+            "teacher": self.teacher.describe(),
+            "prompts": self.task.annotate_prompts,
+            "max_answer_words": self.task.max_answer_words,
+            "decodings": [asdict(decoding) for decoding in self.decodings],
+        }
+
+    def annotations(self, samples: Sequence[Sample], known: Sequence[Annotation] = ()) -> list[Annotation]:
+        """The annotations of some pictures, picture by picture. Rejected texts are rows too, with the reason.
+
+        `known` are rows of an earlier attempt: only pictures of which one failed are asked again."""
+        failed = {row.sample_id for row in known if row.failed}
+        found: dict[str, list[Annotation]] = defaultdict(list)
+        for row in known:
+            if row.sample_id not in failed:
+                found[row.sample_id].append(row)
+        new = [sample for sample in samples if sample.id not in found]
+        paths = [Path(sample.path) for sample in new]
+        rounds = [
+            ask(self.teacher, paths, self._prompts(new, number), decoding, again=bool(known))
+            for number, decoding in enumerate(self.decodings)
+        ]
+        for sample, *texts in zip(new, *rounds, strict=True):
+            found[sample.id] = annotations_of(sample, texts, self.task)
+        return [row for sample in samples for row in found[sample.id]]
+
+    def _prompts(self, samples: Sequence[Sample], number: int) -> list[str]:
+        return [self.task.prompt_about(sample.id, number) for sample in samples]
 
 
 def annotations_of(sample: Sample, texts: Sequence[Answer], task: Task) -> list[Annotation]:
     """The rows of one picture: each pair that the teacher's texts hold, repeated questions rejected. Where the teacher
     failed, the raw text is why."""
-    return collapse(
+    return mark_duplicates(
         Annotation(f"{sample.id}-{number}.{place}", sample.id, question, answer, text.error or text.text, reason)
         for number, text in enumerate(texts)
         for place, (question, answer, reason) in enumerate(_pairs(text, task))

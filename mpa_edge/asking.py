@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL.Image import Image
+from PIL import Image
 
 from mpa_edge.errors import ImageError, ModelError
 from mpa_edge.runtime.images import open_image
@@ -15,33 +15,46 @@ from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
 OPEN_AT_ONCE = 32
 # So many refusals in a row, without one answer, are the model's fault and not the pictures'.
 ALL_REFUSED = 8
+GREY = (128, 128, 128)
 
 
-def ask(vlm: Vlm, paths: Sequence[Path], prompts: Sequence[str], decoding: Decoding) -> list[Answer]:
-    """One answer per picture and prompt, in order.
+def ask(
+    vlm: Vlm,
+    paths: Sequence[Path],
+    prompts: Sequence[str],
+    decoding: Decoding,
+    *,
+    blind: bool = False,
+    again: bool = False,
+) -> list[Answer]:
+    """One answer per picture and prompt, in order. With `blind` the model sees a grey picture of the same size instead.
 
     A picture that cannot be opened, and a pair that the model refuses, give an answer with `error` set. A model that
-    refuses everything raises `ModelError`.
+    refuses everything raises `ModelError`, unless these are the ones that failed before (`again`).
     """
     at_once = max(OPEN_AT_ONCE, getattr(vlm, "batch_size", 1))
     answers: list[Answer] = []
     for start in range(0, len(paths), at_once):
-        answers += _ask(vlm, paths[start : start + at_once], prompts[start : start + at_once], decoding)
+        part = slice(start, start + at_once)
+        answers += _ask(vlm, paths[part], prompts[part], decoding, blind)
     refusals = [answer.error for answer in answers if answer.error is not None]
-    if len(refusals) == len(answers) >= ALL_REFUSED:
+    if len(refusals) == len(answers) >= ALL_REFUSED and not again:
         raise ModelError(f"{vlm.name} answered none of {len(answers)} prompts; the first refusal: {refusals[0]}")
     return answers
 
 
-def _ask(vlm: Vlm, paths: Sequence[Path], prompts: Sequence[str], decoding: Decoding) -> list[Answer]:
-    opened = [_open(path) for path in paths]
-    pairs = [(image, prompt) for image, prompt in zip(opened, prompts, strict=True) if isinstance(image, Image)]
+def _ask(vlm: Vlm, paths: Sequence[Path], prompts: Sequence[str], decoding: Decoding, blind: bool) -> list[Answer]:
+    # Several questions about one picture share one picture, so that a model sees that they do.
+    opened = {path: _open(path, blind) for path in dict.fromkeys(paths)}
+    images = [opened[path] for path in paths]
+    pairs = [(image, prompt) for image, prompt in zip(images, prompts, strict=True) if isinstance(image, Image.Image)]
     found = iter(vlm.answer([image for image, _ in pairs], [prompt for _, prompt in pairs], decoding) if pairs else [])
-    return [next(found) if isinstance(image, Image) else image for image in opened]
+    return [next(found) if isinstance(image, Image.Image) else image for image in images]
 
 
-def _open(path: Path) -> Image | Answer:
+def _open(path: Path, blind: bool) -> Image.Image | Answer:
     try:
-        return open_image(path)
+        image = open_image(path)
     except ImageError as error:
         return Answer("", finish_reason="error", error=error.reason)
+    return Image.new("RGB", image.size, GREY) if blind else image

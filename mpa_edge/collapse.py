@@ -6,8 +6,9 @@ the answer "10:10" 65 times in 3,293; trained on, they teach the student a habit
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mpa_edge.answers import normalize_vqa
@@ -36,40 +37,9 @@ def question_key(question: str) -> str:
     return " ".join(["whether", *left] if words[0] in _POLAR else left)
 
 
-def collapse(
-    annotations: Iterable[Annotation],
-    *,
-    max_question_share: float | None = None,
-    max_pair_share: float | None = None,
-    at_least: int = 20,
-) -> list[Annotation]:
-    """The rows in their order, with the reason `duplicate` or `collapsed` on those that were asked before.
-
-    `duplicate`: the picture already has this question, by `question_key`. `collapsed`: the question, or the question
-    with the same answer, has already come up in more than its share of the usable rows, and `at_least` times (the
-    teacher's favourite questions). No cap by default: in narrow domains questions repeat by nature. Earlier rows are
-    kept, so give all rows of a run, in the order of its samples; how they were batched then doesn't matter. Rows that
-    have a reason already are passed on and count for nothing.
-    """
-    rows = _mark_duplicates(annotations)
-    usable = sum(row.reason is None for row in rows)
-    caps = [
-        None if share is None else max(at_least, int(share * usable)) for share in (max_question_share, max_pair_share)
-    ]
-    seen: Counter[tuple[str, ...]] = Counter()
-    for place, row in enumerate(rows):
-        if row.reason is not None:
-            continue
-        question = question_key(row.question)
-        keys = [(question,), (question, normalize_vqa(row.answer))]
-        if any(cap is not None and seen[key] >= cap for key, cap in zip(keys, caps, strict=True)):
-            rows[place] = replace(row, reason="collapsed")
-        else:
-            seen.update(keys)
-    return rows
-
-
-def _mark_duplicates(annotations: Iterable[Annotation]) -> list[Annotation]:
+def mark_duplicates(annotations: Iterable[Annotation]) -> list[Annotation]:
+    """The rows in their order, with the reason `duplicate` on those whose picture already has this question, by
+    `question_key`. Rows that have a reason already are passed on and count for nothing."""
     asked: set[tuple[str, str]] = set()
     rows = []
     for row in annotations:
@@ -80,3 +50,42 @@ def _mark_duplicates(annotations: Iterable[Annotation]) -> list[Annotation]:
             asked.add(key)
         rows.append(row)
     return rows
+
+
+def collapsed(
+    questions: Sequence[int],
+    pairs: Sequence[int],
+    *,
+    question_share: float | None = None,
+    pair_share: float | None = None,
+    at_least: int = 20,
+) -> bytearray:
+    """Which questions of a run come too often: 1 or 0 for each, given the `keys_of` all in the order of its pictures.
+
+    A question is collapsed when it, or it with the same answer, has already come up in its share of them, and
+    `at_least` times (the teacher's favourites). Earlier ones are kept. No cap where a share is None: in narrow domains
+    questions repeat by nature.
+    """
+    marks = bytearray(len(questions))
+    caps = [
+        (keys, max(at_least, int(share * len(keys))), Counter[int]())
+        for keys, share in ((questions, question_share), (pairs, pair_share))
+        if share is not None
+    ]
+    for place in range(len(marks)):
+        if any(seen[keys[place]] >= cap for keys, cap, seen in caps):
+            marks[place] = 1
+        else:
+            for keys, _, seen in caps:
+                seen[keys[place]] += 1
+    return marks
+
+
+def keys_of(question: str, answer: str) -> tuple[int, int]:
+    """What names a question, and a question with its answer, in 64 bits each: a large run has many."""
+    key = question_key(question)
+    return _short(key), _short(f"{key}\n{normalize_vqa(answer)}")
+
+
+def _short(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")

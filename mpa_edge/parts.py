@@ -1,64 +1,99 @@
-"""A stage as chunks of work: chunk i of the input rows becomes `part-0000i.jsonl`, whole or not at all.
+"""A stage as chunks of work: chunk i of the run's pictures becomes `part-0000i.jsonl`, whole or not at all.
 
-Resume means "run the missing parts". Killing the process at any instant loses at most the chunk in flight and never
+Resume means "fill the missing parts". Killing the process at any instant loses at most the chunk in flight and never
 tears or repeats a row. `stage.json` holds the fingerprint of all that shapes the output; a folder with another
 fingerprint is refused, so that nobody mixes the output of two settings unawares.
+
+Rows that failed (a model ran out of memory, a server did not answer) are asked again by the next run, and so is nothing
+else: beside their part lies `part-0000i.failed` with the number of attempts, of which there are at most `ATTEMPTS`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from mpa_edge.errors import FingerprintMismatch, RunError
-from mpa_edge.records import Record, Row, read_rows, write_atomic, write_rows
+from mpa_edge.records import Row, read_rows, write_atomic, write_rows
 
 STAGE = "stage.json"
+# What fails so often fails for its own sake, and not because of the day.
+ATTEMPTS = 3
 
-Work = Callable[[list[Row]], Sequence[Record]]
+Work = Callable[[list[Row]], Sequence[Row]]
 Advance = Callable[[int], None]
 
 
-def run_parts(
-    folder: Path,
-    rows: Sequence[Row],
-    work: Work[Row],
-    fingerprint: Mapping[str, Any],
-    *,
-    chunk_size: int = 256,
-    fresh: bool = False,
-    advance: Advance = lambda count: None,
-) -> None:
-    """Run the missing parts of a stage, in order.
+class Parts(Generic[Row]):
+    """The parts of one stage in its folder."""
 
-    `work` maps a chunk of input rows to output rows (any number) and must depend on nothing but the chunk and what the
-    fingerprint names. The digest of the input and the chunk size are added to the fingerprint. `advance` is called with
-    the number of input rows that are done, once for those found on disk and once after each chunk.
+    def __init__(self, folder: Path, row: type[Row]) -> None:
+        self.folder = folder
+        self._row = row
 
-    Raises `FingerprintMismatch` when the folder holds the output of other settings; `fresh` deletes that output first.
-    """
-    chunks = [list(rows[start : start + chunk_size]) for start in range(0, len(rows), chunk_size)]
-    open_stage(
-        folder, {**fingerprint, "input": digest_of_rows(rows), "chunk_size": chunk_size}, parts=len(chunks), fresh=fresh
-    )
-    for number, chunk in enumerate(chunks):
-        path = part_path(folder, number)
+    def due(self, number: int) -> bool:
+        """Whether part `number`, from 0, is missing or holds failed rows that are worth another attempt."""
+        return not part_path(self.folder, number).exists() or 0 < self._attempts(number) < ATTEMPTS
+
+    def fill(self, number: int, work: Work[Row]) -> None:
+        """Write part `number` if it is due. `work` gets the rows that are there, failed ones too, and returns all rows
+        of the part; it must depend on nothing but them, the part's input and what the fingerprint names."""
+        if not self.due(number):
+            return
+        path, note = part_path(self.folder, number), self._note(number)
+        rows = work(self.read(number) if path.exists() else [])
+        # In this order, so that whoever is killed in between leaves a part that is looked at once more.
+        if any(row.failed for row in rows):
+            self._mark(number, self._attempts(number) + 1)
+        write_rows(path, rows)
+        if not any(row.failed for row in rows):
+            note.unlink(missing_ok=True)
+
+    def reopen(self, number: int) -> None:
+        """Make a part that is there due: its input will change."""
+        if part_path(self.folder, number).exists():
+            self._mark(number, 1)
+
+    def read(self, number: int) -> list[Row]:
+        """The rows of part `number`; `RunError` when it is missing."""
+        path = part_path(self.folder, number)
         if not path.exists():
-            write_rows(path, work(chunk))
-        advance(len(chunk))
+            raise RunError(
+                f"{self.folder} is not finished: {path.name} is missing. Type the same command again to go on."
+            )
+        return list(read_rows(path, self._row))
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        """The rows of a finished stage, part by part in input order; `RunError` when parts are missing."""
+        return (self.read(number) for number in range(_read_stage(self.folder)["parts"]))
+
+    def _note(self, number: int) -> Path:
+        return part_path(self.folder, number).with_suffix(".failed")
+
+    def _mark(self, number: int, attempts: int) -> None:
+        write_atomic(self._note(number), f"{attempts}\n")
+
+    def _attempts(self, number: int) -> int:
+        try:
+            return int(self._note(number).read_text())
+        except (OSError, ValueError):
+            return 0
+
+
+def open_parts(folder: Path, row: type[Row], fingerprint: Mapping[str, Any], count: int) -> Parts[Row]:
+    """The parts of a stage that will have `count` of them. Raises `FingerprintMismatch` when the folder holds those of
+    other settings."""
+    open_stage(folder, fingerprint, parts=count)
+    return Parts(folder, row)
 
 
 def read_parts(folder: Path, row: type[Row]) -> Iterator[Row]:
     """Yield the rows of a finished stage in input order; `RunError` when parts are missing."""
-    for number in range(_read_stage(folder)["parts"]):
-        path = part_path(folder, number)
-        if not path.exists():
-            raise RunError(f"{folder} is not finished: {path.name} is missing. Type the same command again to go on.")
-        yield from read_rows(path, row)
+    for rows in Parts(folder, row):
+        yield from rows
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -66,11 +101,9 @@ def part_path(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.jsonl"
 
 
-def open_stage(folder: Path, fingerprint: Mapping[str, Any], *, parts: int = 0, fresh: bool = False) -> None:
+def open_stage(folder: Path, fingerprint: Mapping[str, Any], *, parts: int = 0) -> None:
     """Prepare a folder for the output of these settings: sweep what a killed process left half-written, compare the
     fingerprint, write `stage.json`. Raises `FingerprintMismatch`."""
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     now = json.loads(json.dumps(fingerprint))  # as it will read back: tuples become lists
@@ -98,11 +131,11 @@ def sweep(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def digest_of_rows(rows: Sequence[Record]) -> str:
-    """The SHA-256 of rows as they would be written."""
+def digest_of_stage(folder: Path) -> str:
+    """The SHA-256 over all parts of a finished stage."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.to_json(), ensure_ascii=False).encode() + b"\n")
+    for number in range(_read_stage(folder)["parts"]):
+        digest.update(part_path(folder, number).read_bytes())
     return digest.hexdigest()
 
 

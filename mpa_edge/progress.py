@@ -1,9 +1,12 @@
-"""A progress display with rate and time left; silent where the output is no terminal."""
+"""How far long work is, on the error stream: a bar in a terminal, else a line every half minute."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -11,6 +14,10 @@ from rich.progress import Task as Bar
 from rich.text import Text
 
 from mpa_edge.parts import Advance
+
+Tell = Callable[[int, int], object]
+
+SECONDS_PER_LINE = 30.0
 
 
 class _Rate(TextColumn):
@@ -26,8 +33,27 @@ class _Rate(TextColumn):
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Advance]:
-    """Show a bar on the error stream while the body runs; the body calls what it gets with the number just done."""
+    """Show how far the body is while it runs; the body calls what it gets with the number just done."""
+    done = 0
+    with counting(label, total) as tell:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            tell(done, total)
+
+        yield advance
+
+
+@contextmanager
+def counting(label: str, total: int | None = None) -> Iterator[Tell]:
+    """The same for a body that calls what it gets with the number done so far and the number there are."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        lines = Lines(label)
+        yield lines.tell
+        lines.close()
+        return
     columns = (
         TextColumn("{task.description:>10}"),
         BarColumn(),
@@ -36,6 +62,39 @@ def progress(label: str, total: int) -> Iterator[Advance]:
         _Rate(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as display:
+    with Progress(*columns, console=console) as display:
         task = display.add_task(label, total=total)
-        yield lambda count: display.update(task, advance=count)
+        yield lambda done, of: display.update(task, completed=done, total=of)
+
+
+class Lines:
+    """Progress as plain lines, for logs: count, rate since the line before, and time left at that rate."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._done = self._of = self._told = 0
+        self._start = self._last = time.monotonic()
+
+    def tell(self, done: int, of: int) -> None:
+        """So many are done, of so many."""
+        self._done, self._of = done, of
+        now = time.monotonic()
+        if now - self._last >= SECONDS_PER_LINE and done < of:
+            rate = (done - self._told) / (now - self._last)
+            left = f", {_clock((of - done) / rate)} left" if rate else ""
+            say(f"{self._label}: {done:,} of {of:,}, {rate:.1f}/s{left}")
+            self._last, self._told = now, done
+
+    def close(self) -> None:
+        """Say that it is over, and how long it took."""
+        say(f"{self._label}: {self._done:,} of {self._of:,} in {_clock(time.monotonic() - self._start)}")
+
+
+def say(text: str) -> None:
+    """A line on the error stream."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _clock(seconds: float) -> str:
+    """0:00:42"""
+    return str(timedelta(seconds=round(seconds)))

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from mpa_edge.errors import RunError
 
@@ -22,14 +24,24 @@ class Record:
     """A row; `to_json` and `from_json` are each other's inverse."""
 
     def to_json(self) -> dict[str, Any]:
-        """The row as a JSON object."""
-        return asdict(self)
+        """The row as a JSON object, its fields in their order."""
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls: type[Row], data: dict[str, Any]) -> Row:
         """The row of a JSON object; keys that a newer version added are ignored."""
-        known = {field.name for field in fields(cls)}
+        known = _names(cls)
         return cls(**{key: value for key, value in data.items() if key in known})
+
+    @property
+    def failed(self) -> bool:
+        """Whether a model gave no answer, so that asking again may help."""
+        return False
+
+
+@lru_cache
+def _names(row: type[Record]) -> frozenset[str]:
+    return frozenset(field.name for field in fields(row))
 
 
 @dataclass(frozen=True)
@@ -56,14 +68,22 @@ class Annotation(Record):
     raw: str
     reason: str | None = None
 
+    @property
+    def failed(self) -> bool:
+        """The teacher did not answer."""
+        return self.reason == "teacher_error"
+
 
 @dataclass(frozen=True)
 class Case(Record):
     """Both models' short answers to one pseudo-annotated question, and the verdict.
 
-    Scores are the task's metric against the pseudo-answer, in [0, 1]. `verdict` is one of `parity` (the teacher
-    confirms itself, the student misses), `agree` (both right), `unconfirmed` (the teacher contradicts itself)
-    and `error` (a model did not answer; `reason` says why).
+    `teacher_answer` is the first of its answers that matches the pseudo-answer, or else its first one; where it was
+    asked more than once, `votes` are all of them, in order, and `teacher_score` is the share that matches. Otherwise
+    scores are the task's metric against the pseudo-answer, in [0, 1]. `blind_answer` is the teacher's answer to a grey
+    picture, where that was asked. `verdict` is one of `parity` (the teacher confirms itself, the student misses),
+    `agree` (both right), `unconfirmed` (the teacher contradicts itself), `blind` (it gives the pseudo-answer without
+    the picture too) and `error` (a model did not answer; `reason` says why).
     """
 
     id: str
@@ -76,6 +96,16 @@ class Case(Record):
     student_score: float
     verdict: str
     reason: str | None = None
+    votes: tuple[str, ...] = ()
+    blind_answer: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "votes", tuple(self.votes))  # JSON has lists only
+
+    @property
+    def failed(self) -> bool:
+        """A model did not answer."""
+        return self.verdict == "error"
 
 
 def read_rows(path: Path, row: type[Row]) -> Iterator[Row]:
@@ -89,22 +119,29 @@ def read_rows(path: Path, row: type[Row]) -> Iterator[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[Record | dict[str, Any]]) -> int:
-    """Write rows as JSONL, whole or not at all, and return their number."""
-    lines = [
-        json.dumps(row if isinstance(row, dict) else row.to_json(), ensure_ascii=False, allow_nan=False) for row in rows
-    ]
-    write_atomic(path, "".join(line + "\n" for line in lines))
-    return len(lines)
+    """Write rows as JSONL, whole or not at all, and return their number; they need not fit into memory."""
+    count = 0
+    with _replacing(path) as file:
+        for row in rows:
+            line = json.dumps(row if isinstance(row, dict) else row.to_json(), ensure_ascii=False, allow_nan=False)
+            file.write(line.encode() + b"\n")
+            count += 1
+    return count
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file in one step: a reader, or a killed writer, leaves the old content or the new, never a mixture."""
-    data = content.encode() if isinstance(content, str) else content
+    with _replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -19,11 +19,13 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,56 @@ from mpa_edge.records import write_atomic
 from mpa_edge.versions import installed
 
 LOCK = ".lock"
+# What a run and its exports leave, besides the rounds before the last one.
+DERIVED = (
+    *("samples.jsonl", "skipped.jsonl", "annotations", "cases", "collapsed.jsonl", "parity.jsonl", "student"),
+    *("audit.html", "merged", "merged.json", "bundles"),
+)
 RUN = "run.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """The paths of a run."""
+class RoundFolder:
+    """The paths of one round: who was asked what, what was chosen of it, and the student that it made. Those of earlier
+    rounds lie beside those of the last one, so that the relative paths in them hold when a round is no longer last."""
 
     path: Path
+    suffix: str = ""
+
+    @property
+    def cases(self) -> Path:
+        """Both models' answers with the verdict, in parts."""
+        return self.path / f"cases{self.suffix}"
+
+    @property
+    def collapsed(self) -> Path:
+        """The ids of the cases whose question came too often."""
+        return self.path / f"collapsed{self.suffix}.jsonl"
+
+    @property
+    def parity(self) -> Path:
+        """The training set."""
+        return self.path / f"parity{self.suffix}.jsonl"
+
+    @property
+    def student(self) -> Path:
+        """The adapter."""
+        return self.path / f"student{self.suffix}"
+
+    def move_to(self, other: RoundFolder) -> None:
+        """Move what is here and not there yet; whoever is killed in between does the rest the next time."""
+        for old, new in zip(self._paths, other._paths, strict=True):
+            if old.exists() and not new.exists():
+                old.rename(new)
+
+    @property
+    def _paths(self) -> tuple[Path, ...]:
+        return self.cases, self.collapsed, self.parity, self.student
+
+
+class RunFolder(RoundFolder):
+    """The paths of a run; its own round is the last one."""
 
     @property
     def samples(self) -> Path:
@@ -56,7 +99,7 @@ class RunFolder:
 
     @property
     def images(self) -> Path:
-        """The pictures that came out of a table; those that were files stay where they are."""
+        """The pictures of a table, as files."""
         return self.path / "images"
 
     @property
@@ -64,25 +107,14 @@ class RunFolder:
         """The teacher's pseudo-annotations, in parts."""
         return self.path / "annotations"
 
-    @property
-    def cases(self) -> Path:
-        """Both models' answers with the verdict, in parts."""
-        return self.path / "cases"
-
-    @property
-    def parity(self) -> Path:
-        """The training set."""
-        return self.path / "parity.jsonl"
+    def round(self, number: int) -> RoundFolder:
+        """The folder of a round, from 1, that is not the last one."""
+        return RoundFolder(self.path, f"-round-{number}")
 
     @property
     def audit(self) -> Path:
         """The page that shows what was kept and dropped."""
         return self.path / "audit.html"
-
-    @property
-    def student(self) -> Path:
-        """The adapter."""
-        return self.path / "student"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -104,11 +136,27 @@ class RunFolder:
             yield
 
     def clear(self) -> None:
-        """Delete what earlier runs left here, and nothing else."""
-        for folder in (self.images, self.annotations, self.cases, self.student):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.samples, self.skipped, self.parity, self.audit, self.path / RUN):
-            file.unlink(missing_ok=True)
+        """Delete what earlier runs left here, and what exports made of it, and nothing else. Pictures that a scan
+        wrote stay: they are input."""
+        for name in (*DERIVED, RUN):
+            delete(self.path / name)
+        for path in self.path.glob("*-round-*"):
+            if re.fullmatch(r"(cases|collapsed|parity|student)-round-\d+(\.jsonl)?", path.name):
+                delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a folder to the first free of NAME-old-1, NAME-old-2 …; returns its new path."""
+    new = next(new for number in count(1) if not (new := path.with_name(f"{path.name}-old-{number}")).exists())
+    return path.rename(new)
 
 
 class RunLog:
@@ -117,6 +165,7 @@ class RunLog:
 
     def __init__(self, path: Path, **facts: Any) -> None:
         self._path = path
+        self._seconds: dict[str, float] = {}
         self._content: dict[str, Any] = {
             "schema": 1,
             "tool": f"mpa-edge {__version__}",
@@ -126,13 +175,26 @@ class RunLog:
         }
 
     @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add the time that the body takes to a stage's seconds."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Save a finished stage's facts with its seconds."""
+        self._content["stages"][name] = {**facts, "seconds": round(self._seconds.get(name, 0.0), 3)}
+        write_atomic(self._path, json.dumps(self._content, indent=2, ensure_ascii=False) + "\n")
+
+    @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage; what the body puts into the dictionary that it gets is saved with the seconds."""
         facts: dict[str, Any] = {}
-        start = time.perf_counter()
-        yield facts
-        self._content["stages"][name] = {**facts, "seconds": round(time.perf_counter() - start, 3)}
-        write_atomic(self._path, json.dumps(self._content, indent=2, ensure_ascii=False) + "\n")
+        with self.clock(name):
+            yield facts
+        self.note(name, **facts)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

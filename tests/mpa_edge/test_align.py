@@ -35,7 +35,8 @@ def config(pair: Any, out: Path, **settings: Any) -> AlignConfig:
         "epochs": 2,
         "train_batch_size": 8,
     }
-    return AlignConfig(**{**usual, **settings})
+    values = {**usual, **settings}
+    return AlignConfig(**{**values, "images": str(values["images"])})
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def test_a_run_leaves_what_the_design_says(run: tuple[Path, Any]) -> None:
         "annotations",
         "audit.html",
         "cases",
+        "collapsed.jsonl",
         "parity.jsonl",
         "run.json",
         "samples.jsonl",
@@ -131,10 +133,10 @@ def test_other_settings_are_refused_before_anything_is_written(
     shutil.copytree(run[0], out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for settings, says in (
-        ({"match": "paper"}, r"\(--match: was 'metric', is 'paper'\)"),
-        ({"select": "random", "rank": 8}, r"\(--rank: was 16, is 8; --select: was 'parity', is 'random'\)"),
+        ({"match": "paper"}, r"\(--match: was 'official', is 'paper'\)"),
+        ({"questions": 1, "votes": 3}, r"\(--questions: was 2, is 1; --votes: was 1, is 3\)"),
         ({"limit": 12}, r"\(--limit: was None, is 12\)"),
-        ({"teacher": str(tiny_pair.student)}, r"\(teacher\.weights: was "),
+        ({"teacher": str(tiny_pair.student)}, r"\(--teacher\.weights: was "),
         (
             {"images": tiny_pair.images.parent / "labelled"},
             "--images: was '24 pictures', is '24 pictures, 24 of them new'",

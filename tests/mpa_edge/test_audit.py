@@ -15,7 +15,7 @@ from PIL import Image
 from mpa_edge.audit import audit_run, pick, verdict_of, write_audit
 from mpa_edge.datasets import Skipped
 from mpa_edge.errors import RunError
-from mpa_edge.parts import run_parts
+from mpa_edge.parts import open_parts
 from mpa_edge.records import Annotation, Case, Sample, write_rows
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'
@@ -85,8 +85,10 @@ def run(tmp_path: Path) -> Path:
     write_rows(folder / "samples.jsonl", samples)
     write_rows(folder / "skipped.jsonl", [Skipped("x.jpg", "truncated", "why"), Skipped("y.jpg", "duplicate")])
     write_rows(folder / "parity.jsonl", [{"id": row.id} for row in cases if row.verdict == "parity"])
-    run_parts(folder / "annotations", annotations, list, {"stage": "annotate"}, chunk_size=10)
-    run_parts(folder / "cases", cases, list, {"stage": "identify"}, chunk_size=10)
+    for name, rows in (("annotations", annotations), ("cases", cases)):
+        parts = open_parts(folder / name, type(rows[0]), {"stage": name}, count=3)
+        for number in range(3):
+            parts.fill(number, lambda known, rows=rows, number=number: rows[10 * number : 10 * number + 10])
     config = {"teacher": "big", "student": "small", "task": "reference", "select": "parity", "match": "paper"}
     (folder / "run.json").write_text(json.dumps({"config": config, "teacher": {"name": "The Big One"}}))
     return folder

@@ -21,7 +21,7 @@ from mpa_edge.align import align
 from mpa_edge.config import AlignConfig
 level.STEPS_PER_CHECKPOINT = 3
 images, teacher, student, out = sys.argv[1:]
-align(AlignConfig(images=Path(images), teacher=teacher, student=student, task="reference", out=Path(out), device="cpu",
+align(AlignConfig(images=images, teacher=teacher, student=student, task="reference", out=Path(out), device="cpu",
                   questions=2, chunk_size=2, epochs=8, patience=8, train_batch_size=8))
 """
 # A stage has surely begun, and surely not ended, when this file appears.

@@ -1,0 +1,343 @@
+"""From pictures to the training set: scan, annotate and identify part by part, select.
+
+make_training_set(config, teacher, student)     all of it, with models of any kind; nothing is trained
+
+Rows pass through memory some pictures at a time, however many there are; of the others ids and keys are kept at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mpa_edge.annotate import Annotator
+from mpa_edge.config import AlignConfig
+from mpa_edge.datasets import Skipped, scan_images
+from mpa_edge.errors import FingerprintMismatch, InputError
+from mpa_edge.identify import Identifier, Reidentifier
+from mpa_edge.parts import Parts, compare_fingerprints, digest_of_stage, open_parts, read_parts
+from mpa_edge.progress import counting, progress, say
+from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
+from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, delete, read_run
+from mpa_edge.runtime.vlm import Vlm
+from mpa_edge.selection import Choice, choose, training_row
+from mpa_edge.tasks import task_named
+
+# One question with one answer may make up this share of a run's questions; rarer ones are never too many.
+PAIR_SHARE = 0.05
+# Settings that shape the annotations and cases: what it took hours to ask is not asked again unawares. All others shape
+# later stages, which are redone, or none.
+SHAPING = ("limit", "seed", "questions", "temperature", "match", "votes", "blind", "chunk_size")
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What the scan found: `skipped` counts by reason, `shared` those that `--test` has too (None without one), and
+    `digest` names the pictures by their contents."""
+
+    pictures: int
+    skipped: dict[str, int]
+    shared: int | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class RoundCounts:
+    """What a round asked and chose. Counts are rows."""
+
+    verdicts: dict[str, int]
+    collapsed: int
+    training: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A training set and how it came about."""
+
+    path: Path
+    scanned: Scanned
+    annotations: int
+    rejected: dict[str, int]
+    counts: RoundCounts
+
+
+def make_training_set(config: AlignConfig, teacher: Vlm, student: Vlm) -> TrainingSet:
+    """Write the training set of a run folder from pictures and two models; resumes. `student` is any model that is
+    asked in the student's place.
+
+    Raises as `mpa_edge.align.align` does, but for what concerns training.
+    """
+    run = RunFolder(config.run)
+    with run.lock():
+        maker = TrainingSetMaker(config, run, describe(teacher=teacher, student=student))
+        scanned = maker.scan()
+        annotations, rejected = maker.ask(teacher, student)
+        counts = maker.select(1)
+    return TrainingSet(maker.round(1).parity, scanned, annotations, rejected, counts)
+
+
+def describe(**models: Vlm | None) -> dict[str, dict[str, Any]]:
+    """What `run.json` says of models."""
+    return {side: {"name": vlm.name, **vlm.describe()} for side, vlm in models.items() if vlm is not None}
+
+
+class TrainingSetMaker:
+    """The stages of one run up to its training sets, in the order in which they are called.
+
+    `models` are the descriptions by side: `teacher`, `student`, and `ask` where a bundle is asked in the student's
+    place. Raises `FingerprintMismatch` when the folder holds annotations or cases of other settings or models.
+    """
+
+    def __init__(self, config: AlignConfig, run: RunFolder, models: dict[str, Any]) -> None:
+        self._config, self._run, self._task = config, run, task_named(config.task)
+        content = {"config": config.to_json(), "task": self._task.to_json(), **models}
+        self._content: dict[str, Any] = json.loads(json.dumps(content))  # as it will read back: tuples become lists
+        if not config.fresh:
+            _refuse_other_settings(run, self._content)
+        self._log: RunLog | None = None
+        self._scanned = Scanned(0, {}, None, "")
+
+    @property
+    def log(self) -> RunLog:
+        """The run's log; there is one from the scan on."""
+        assert self._log is not None
+        return self._log
+
+    def scan(self) -> Scanned:
+        """Find the usable pictures. Nothing of an earlier run is deleted before there are some."""
+        config, run = self._config, self._run
+        if config.fresh:
+            delete(run.path / ".scan.jsonl")
+        samples, skipped, shared = _scan(config, run)
+        if config.fresh:
+            run.clear()
+        else:
+            _refuse_other_pictures(run, samples)
+            _move_rounds(run, config.rounds)
+        self._log = RunLog(run.path / RUN, **self._content)
+        with self._log.stage("samples") as facts:
+            write_rows(run.samples, samples)
+            write_rows(run.skipped, skipped)
+            counts = count_by(item.reason for item in skipped)
+            facts |= {"used": len(samples), "skipped": counts, **({} if shared is None else {"shared": shared})}
+        self._scanned = Scanned(len(samples), counts, shared, _digest(sample.sha256 for sample in samples))
+        return self._scanned
+
+    # --- asking ------------------------------------------------------------------------------------------------------
+
+    def ask(self, teacher: Vlm, student: Vlm) -> tuple[int, dict[str, int]]:
+        """Annotate and identify, part by part: what a model computed of a part's pictures is still at hand when they
+        come again. Returns the number of annotations, and those rejected by reason."""
+        config, task = self._config, self._task
+        annotator = Annotator(teacher, task, config.questions, config.temperature, config.seed)
+        identifier = Identifier(teacher, student, task, config.match, config.votes, config.blind, config.seed)
+        _refuse_small_budget(config, teacher, min(config.chunk_size, self._scanned.pictures))
+        shaped = annotator.fingerprint() | {"input": self._scanned.digest, "chunk_size": config.chunk_size}
+        annotations = open_parts(self._run.annotations, Annotation, shaped, self._parts)
+        shaped = identifier.fingerprint() | {"annotations": _digest([json.dumps(shaped)])}
+        cases = open_parts(self._first.cases, Case, shaped, self._parts)
+        with progress("ask", self._scanned.pictures) as advance:
+            for number, samples in enumerate(self._chunks()):
+                self._ask_part(number, samples, annotator, annotations, identifier, cases)
+                advance(len(samples))
+        total, rejected = 0, Counter[str]()
+        for rows in annotations:
+            total += len(rows)
+            rejected.update(row.reason for row in rows if row.reason is not None)
+        self.log.note("annotate", rows=total, rejected=dict(sorted(rejected.items())))
+        return total, dict(sorted(rejected.items()))
+
+    def _ask_part(
+        self,
+        number: int,
+        samples: Sequence[Sample],
+        annotator: Annotator,
+        annotations: Parts[Annotation],
+        identifier: Identifier,
+        cases: Parts[Case],
+    ) -> None:
+        if annotations.due(number):
+            cases.reopen(number)
+            with self.log.clock("annotate"):
+                annotations.fill(number, lambda known: annotator.annotations(samples, known))
+        if cases.due(number):
+            usable = [row for row in annotations.read(number) if row.reason is None]
+            with self.log.clock("identify"):
+                cases.fill(number, lambda known: identifier.cases(usable, _paths(samples), known))
+
+    def ask_again(self, number: int, student: Vlm, state: str) -> None:
+        """Identify round `number`, from 2: ask what the student has become; `state` says what that is."""
+        again = Reidentifier(student, state, self._task, self._config.match)
+        first, folder = Parts(self._first.cases, Case), self.round(number).cases
+        fingerprint = again.fingerprint() | {"cases": digest_of_stage(self._first.cases)}
+        try:
+            cases = open_parts(folder, Case, fingerprint, self._parts)
+        except FingerprintMismatch:
+            say(f"round {number}: the student of the round before is another one now; it is asked again")
+            delete(folder)
+            cases = open_parts(folder, Case, fingerprint, self._parts)
+        with progress(f"ask, round {number}", self._scanned.pictures) as advance:
+            for part, samples in enumerate(self._chunks()):
+                with self.log.clock(stage_name("identify", number)):
+                    if cases.due(part):
+                        before, paths = first.read(part), _paths(samples)
+                        _fill_again(cases, part, again, before, paths)
+                advance(len(samples))
+
+    # --- selecting ---------------------------------------------------------------------------------------------------
+
+    def select(self, number: int) -> RoundCounts:
+        """Write the training set of round `number`, from 1."""
+        config, folder = self._config, self.round(number)
+        verdicts = count_by(case.verdict for case in read_parts(folder.cases, Case))
+        self.log.note(stage_name("identify", number), rows=sum(verdicts.values()), verdicts=verdicts)
+        with self.log.stage(stage_name("select", number)) as facts:
+            choice = choose(
+                read_parts(folder.cases, Case),
+                config.select,
+                mix=config.mix,
+                seed=config.seed,
+                question_share=config.question_share,
+                pair_share=PAIR_SHARE,
+            )
+            training: Counter[str] = Counter()
+            write_rows(folder.parity, self._training_rows(folder, choice, training))
+            ids = (case.id for case, over in zip(read_parts(folder.cases, Case), choice.collapsed, strict=True) if over)
+            collapsed = write_rows(folder.collapsed, ({"id": name} for name in ids))
+            counts = RoundCounts(verdicts, collapsed, dict(sorted(training.items())))
+            facts |= {"rows": sum(training.values()), "verdicts": counts.training, "collapsed": collapsed}
+        return counts
+
+    def _training_rows(self, folder: RoundFolder, choice: Choice, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+        place, home = 0, folder.path.resolve()
+        for samples, cases in zip(self._chunks(), Parts(folder.cases, Case), strict=True):
+            paths = _paths(samples)
+            for case in cases:
+                if choice.chosen[place]:
+                    counts[case.verdict] += 1
+                    yield training_row(case, paths[case.sample_id], self._task, home, self._config.target)
+                place += 1
+
+    # --- folders and pictures ----------------------------------------------------------------------------------------
+
+    @property
+    def _first(self) -> RoundFolder:
+        return self.round(1)
+
+    def round(self, number: int) -> RoundFolder:
+        """The folder of a round, from 1."""
+        return self._run if number == self._config.rounds else self._run.round(number)
+
+    @property
+    def _parts(self) -> int:
+        return -(-self._scanned.pictures // self._config.chunk_size)
+
+    def _chunks(self) -> Iterator[list[Sample]]:
+        samples = read_rows(self._run.samples, Sample)
+        return iter(lambda: list(islice(samples, self._config.chunk_size)), [])
+
+
+def stage_name(name: str, number: int) -> str:
+    """What `run.json` calls a stage of round `number`: identify, select, level, then identify-2 and so on."""
+    return name if number == 1 else f"{name}-{number}"
+
+
+def count_by(values: Iterable[str | None]) -> dict[str, int]:
+    """How often each value comes, None aside, sorted by value."""
+    return dict(sorted(Counter(value for value in values if value is not None).items()))
+
+
+def _fill_again(
+    cases: Parts[Case], part: int, again: Reidentifier, before: Sequence[Case], paths: dict[str, Path]
+) -> None:
+    cases.fill(part, lambda known: again.cases(before, paths, known))
+
+
+def _paths(samples: Sequence[Sample]) -> dict[str, Path]:
+    return {sample.id: Path(sample.path) for sample in samples}
+
+
+def _scan(config: AlignConfig, run: RunFolder) -> tuple[list[Sample], list[Skipped], int | None]:
+    """The pictures, those left out, and how many are shared with `--test`; None without one."""
+    with counting("scan") as tell:
+        samples, skipped = scan_images(
+            config.images, store=run.images, limit=config.limit, cache=run.path / ".scan.jsonl", progress=tell
+        )
+    samples = samples[: config.limit]
+    if config.test is None:
+        return samples, skipped, None
+    from mpa_edge.overlap import split_shared
+
+    kept, shared = split_shared(samples, config.test)
+    if config.keep_shared:
+        return samples, skipped, len(shared)
+    if not kept:
+        raise InputError(f"--images {config.images}: all pictures are in --test {config.test} too")
+    return kept, sorted([*skipped, *shared], key=lambda item: item.path), len(shared)
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _refuse_other_settings(run: RunFolder, now: dict[str, Any]) -> None:
+    """`FingerprintMismatch` when the folder holds what other settings or models were asked; before anything is written.
+
+    Each stage looks again at what shapes its own output; this check sees it first and names the flags.
+    """
+    if not (run.path / RUN).exists():
+        return
+    before = read_run(run.path)
+    for shaping in (_flags, _models):
+        compare_fingerprints(run.path, shaping(before), shaping(now))
+
+
+def _flags(content: dict[str, Any]) -> dict[str, Any]:
+    config = content.get("config", {})
+    flags = {f"--{name.replace('_', '-')}": config.get(name) for name in SHAPING}
+    return flags | {"--ask": "a bundle" if "ask" in content else None}
+
+
+def _models(content: dict[str, Any]) -> dict[str, Any]:
+    """Models and tasks by what they are, not by their paths."""
+    asked = "ask" if "ask" in content else "student"
+    sides = {"--task": content.get("task"), "--teacher": content.get("teacher"), f"--{asked}": content.get(asked)}
+    return {side: {**(values or {}), "name": None} for side, values in sides.items()}
+
+
+def _refuse_other_pictures(run: RunFolder, samples: Sequence[Sample]) -> None:
+    if not run.samples.exists() or not run.annotations.exists():
+        return
+    before = [row.sha256 for row in read_rows(run.samples, Sample)]
+    now = [sample.sha256 for sample in samples]
+    if before != now:
+        new = len(set(now) - set(before))
+        difference = (f"{len(before)} pictures", f"{len(now)} pictures, {new} of them new")
+        raise FingerprintMismatch(run.path, {"--images": difference})
+
+
+def _move_rounds(run: RunFolder, rounds: int) -> None:
+    """Put the rounds of an earlier run with more or fewer of them where they lie now."""
+    before = read_run(run.path)["config"].get("rounds", 1) if (run.path / RUN).exists() else rounds
+    if before != rounds:
+        run.move_to(run.round(before))
+        run.round(rounds).move_to(run)
+
+
+def _refuse_small_budget(config: AlignConfig, teacher: Vlm, pictures: int) -> None:
+    """`--max-requests` must do for one part, or the run would never get on."""
+    asked = config.questions * max(1, config.votes + config.blind)
+    if config.max_requests and teacher.engine == "chat" and config.max_requests < asked * pictures:
+        raise InputError(
+            f"--max-requests {config.max_requests}: one part of {pictures} pictures may take {asked * pictures}. "
+            "Allow more, or make the parts smaller (--chunk-size)."
+        )
