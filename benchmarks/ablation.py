@@ -90,7 +90,9 @@ def run_trial(trial: Trial, seed: int, folder: Path, teacher: Vlm, asked: Vlm, d
     if config.ask:
         asked = MemoVlm(open_vlm(config.ask), folder / "bundle.jsonl")
     result = align_models(config, teacher, student, asked=asked)
-    found = {"training": result.training, "metrics": result.metrics, "scores": scores_of(student, data)}
+    # From its files: when the run was finished before, `student` is still the untrained one.
+    aligned = open_vlm(str(result.adapter), batch_size=64)
+    found = {"training": result.training, "metrics": result.metrics, "scores": scores_of(aligned, data)}
     if trial.quant:
         bundle = open_vlm(str(bundle_of(run_folder, run_folder / "bundles", trial.quant)))
         found["quantized"] = scores_of(bundle, {name: path for name, path in data.items() if name != "home"})
