@@ -32,7 +32,7 @@ from mpa_edge.records import write_atomic
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.tasks import task_named
 
-POOL, QUESTIONS = 1500, 1500
+POOL, QUESTIONS, HOME = 1500, 1500, 500
 TASK = "reference"
 OUT = Path("runs/ablation")
 METRICS = (task_named(TASK).metric, "containment")
@@ -130,7 +130,7 @@ def write_data(out: Path, split: Split) -> dict[str, Path]:
     writers = {"validation": write_validation, "test": write_test, "home": write_home}
     for name, path in paths.items():
         if not path.is_file():
-            writers[name](path.parent, QUESTIONS)
+            writers[name](path.parent, HOME if name == "home" else QUESTIONS)
     return paths
 
 

@@ -20,19 +20,21 @@ TASK = "reference"
 # The student knows a kind of question from this accuracy on; what it loses there was forgotten.
 KNOWN = 0.8
 # What the default is compared with, and what each ingredient is.
+DEFAULT = "+ agreement mix: the default"
 PAIRS = (
-    ("random, of the default's size", "default"),
-    ("parity, the paper's match", "default"),
-    ("all pseudo-labels", "default"),
+    ("random, of the default's size", DEFAULT),
+    ("parity, the paper's match", DEFAULT),
+    ("all pseudo-labels", DEFAULT),
     ("random, of parity's size", "parity, the official match"),
     ("parity, the paper's match", "parity, the official match"),
     ("parity, the official match", "+ short targets"),
     ("+ short targets", "+ votes (3)"),
     ("+ short targets", "+ blind check"),
     ("+ short targets", "+ several questions"),
-    ("+ several questions", "+ agreement mix"),
-    ("+ agreement mix", "+ two rounds"),
-    ("default, as its q4 bundle", "default, deployment-aware at q4, as its q4 bundle"),
+    ("+ several questions", DEFAULT),
+    (DEFAULT, "+ two rounds"),
+    (DEFAULT, "+ deployment-aware at q4"),
+    (f"{DEFAULT}, as its q4 bundle", "+ deployment-aware at q4, as its q4 bundle"),
 )
 
 Scores = list[list[float]]  # per seed, per question

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mpa_edge.benchmarks import ablation
 from mpa_edge.benchmarks.ablation_rows import PLAIN, TRIALS
-from mpa_edge.benchmarks.ablation_table import PAIRS, collect, markdown
+from mpa_edge.benchmarks.ablation_table import DEFAULT, PAIRS, collect, markdown
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import InputError
 
@@ -44,7 +44,7 @@ def out(tmp_path: Path) -> Path:
         write_seed(
             tmp_path,
             seed,
-            "default",
+            DEFAULT,
             [*range(0, 24, 2), *(odd if seed < 10 else odd[2:])],
             training={"parity": 70, "agree": 30},
             quantized={"test": {"exact_match": [1.0] * QUESTIONS, "containment": [1.0] * QUESTIONS}},
@@ -55,7 +55,7 @@ def out(tmp_path: Path) -> Path:
 
 def test_a_row_holds_accuracy_gap_and_what_was_forgotten(out: Path) -> None:
     rows = {row["name"]: row for row in collect(out, "test")["rows"]}
-    row = rows["default"]
+    row = rows[DEFAULT]
     assert row["accuracy_by_seed"] == [0.8, 0.8, 0.75]
     assert row["accuracy"] == pytest.approx(2.35 / 3, abs=1e-4)
     assert row["ci95"][0] < row["accuracy"] < row["ci95"][1]
@@ -65,17 +65,17 @@ def test_a_row_holds_accuracy_gap_and_what_was_forgotten(out: Path) -> None:
     assert row["known_kinds"] == pytest.approx(1 - 2 / 20 / 3, abs=1e-4)
     assert row["by_kind"]["read_word"] == 0.6
     assert rows["student"]["forgotten"] == 0
-    assert rows["default, as its q4 bundle"]["accuracy"] == 1.0
-    assert rows["default, as its q4 bundle"]["home"] is None  # it was not asked there
+    assert rows[f"{DEFAULT}, as its q4 bundle"]["accuracy"] == 1.0
+    assert rows[f"{DEFAULT}, as its q4 bundle"]["home"] is None  # it was not asked there
 
 
 def test_a_pair_is_compared_question_by_question_over_all_seeds(out: Path) -> None:
     found = collect(out, "test")
-    pair = next(one for one in found["paired"] if one["b"] == "default" and one["a"].startswith("random"))
+    pair = next(one for one in found["paired"] if one["b"] == DEFAULT and one["a"].startswith("random"))
     assert pair["delta_by_seed"] == [0.3, 0.3, 0.25]
     assert pair["delta"] == pytest.approx(0.85 / 3, abs=1e-4)
     assert 0 < pair["ci95"][0] < pair["delta"] < pair["ci95"][1]
-    assert "| default against random, of the default's size | +28.3 |" in markdown(found)
+    assert "| + agreement mix: the default against random, of the default's size | +28.3 |" in markdown(found)
 
 
 def test_a_folder_without_seeds_says_how_to_make_one(tmp_path: Path) -> None:
@@ -86,7 +86,9 @@ def test_a_folder_without_seeds_says_how_to_make_one(tmp_path: Path) -> None:
 def test_every_row_is_a_valid_setting_and_every_pair_has_rows() -> None:
     base = {"images": "p", "teacher": "t", "student": "s", "task": "reference"}
     configs = {trial.name: AlignConfig(**base, **trial.settings) for trial in TRIALS}
-    assert configs["default"] == AlignConfig(**base)
+    assert configs[DEFAULT] == AlignConfig(**base)
+    differing = {name for name in PLAIN if configs[DEFAULT].to_json()[name] != PLAIN[name]}
+    assert differing == {"target", "questions", "mix"}  # the rows before it add these one by one
     assert configs["random, of the default's size"].select == "random"
     assert configs["parity, the paper's match"].match == "paper"
     assert {"votes", "blind", "questions", "mix", "rounds", "target"} <= PLAIN.keys()
@@ -99,6 +101,7 @@ def test_a_row_is_trained_scored_and_not_done_twice(tmp_path: Path, monkeypatch:
     pytest.importorskip("torch")
     monkeypatch.setattr(ablation, "POOL", 40)
     monkeypatch.setattr(ablation, "QUESTIONS", 12)
+    monkeypatch.setattr(ablation, "HOME", 12)
     typed = ["run", "--out", str(tmp_path), "--split", "validation", "--only", "parity, the official", "--threads", "1"]
     result = CliRunner().invoke(ablation.app, typed)
     assert result.exit_code == 0, result.output
