@@ -31,7 +31,7 @@ from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
 
 ANSWERS, LATENCY, MEASURED, ERROR = "answers.jsonl", "latency.jsonl", "measured.json", "error.json"
-BATCHED_ENGINES = ("transformers", "fake")
+BATCHED_ENGINES = ("transformers", "chat", "fake")
 Say = Callable[[str, int, int], None]
 
 
@@ -105,7 +105,8 @@ def open_variant(job: Job) -> Vlm:
     if is_bundle(job.spec):
         from mpa_edge.runtime import load
 
-        return load(Path(job.spec), threads=job.threads)
+        # Nothing is kept between two questions: a picture that comes twice must take its full time twice.
+        return load(Path(job.spec), threads=job.threads, cache_mb=0)
     from mpa_edge.models import open_vlm
 
     return open_vlm(job.spec, name=job.name, batch_size=job.batch_size)
@@ -129,7 +130,9 @@ def work(vlm: Vlm, job: Job, folder: Path, say: Say, *, load_ms: float | None = 
     else:
         others = watch_others()
         measure_latency(vlm, asks(job.warm_up), timed, decoding, folder / LATENCY, say)
-        about |= {"peak_memory_bytes": peak_memory_bytes(), "busy": others()}
+        # What a chat server takes, its own machine knows.
+        peak = None if vlm.engine == "chat" else peak_memory_bytes()
+        about |= {"peak_memory_bytes": peak, "busy": others()}
     write_atomic(folder / MEASURED, json.dumps(about) + "\n")
     batch = job.batch_size if vlm.engine in BATCHED_ENGINES else 1
     with side_by_side(vlm, job, about["peak_memory_bytes"]) as vlms:

@@ -4,6 +4,8 @@ from mpa_edge.runtime import load
 
 with load("runs/signs/bundles/gguf-q8_0") as vlm:
     print(vlm.ask("photo.jpg", "What does the sign say?").text)
+    with vlm.look("photo.jpg") as view:  # encoded once, asked twice
+        print(view.ask("What does it cost?").text, view.ask("Which colour is it?").text)
 """
 
 from __future__ import annotations
@@ -16,11 +18,24 @@ from tokenizers import Tokenizer
 
 from mpa_edge.bundle import Bundle, read_bundle
 from mpa_edge.errors import BundleError, MissingExtra
-from mpa_edge.runtime.bundle_vlm import AnswerStream, BundleVlm
+from mpa_edge.runtime.answering import AnswerStream
+from mpa_edge.runtime.bundle_vlm import CACHE_MB, BundleVlm
 from mpa_edge.runtime.images import open_image
+from mpa_edge.runtime.look import View
 from mpa_edge.runtime.vlm import Answer, Decoding, Timings, Vlm
 
-__all__ = ["Answer", "AnswerStream", "BundleVlm", "Decoding", "Timings", "Vlm", "load", "open_bundle", "open_image"]
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "BundleVlm",
+    "Decoding",
+    "Timings",
+    "View",
+    "Vlm",
+    "load",
+    "open_bundle",
+    "open_image",
+]
 
 # Engine of the manifest -> our module, the library it stands on, its name on PyPI, and the extra that installs it.
 # Each module offers `open_engine(folder: Path, bundle: Bundle, threads: int) -> Engine`.
@@ -30,18 +45,19 @@ ENGINES = {
 }
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> BundleVlm:
+def load(path: str | os.PathLike[str], *, threads: int | None = None, cache_mb: int = CACHE_MB) -> BundleVlm:
     """Open the bundle in a folder with the engine that its manifest names.
 
-    `threads` is for the engine; by default `OMP_NUM_THREADS`, or all cores that this process may use. Raises
-    `BundleError` for a damaged bundle and `MissingExtra` when the engine is not installed. Close the result, or use it
-    in a `with` statement.
+    `threads` is for the engine; by default `OMP_NUM_THREADS`, or all cores that this process may use. `cache_mb` bounds
+    what is kept of recent pictures for further questions (see `BundleVlm`); 0 keeps nothing. Raises `BundleError`
+    for a damaged bundle and `MissingExtra` when the engine is not installed. Close the result, or use it in a `with`
+    statement.
     """
     folder = Path(path)
-    return open_bundle(folder, read_bundle(folder), threads=threads)
+    return open_bundle(folder, read_bundle(folder), threads=threads, cache_mb=cache_mb)
 
 
-def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None) -> BundleVlm:
+def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None, cache_mb: int = CACHE_MB) -> BundleVlm:
     """Like `load`, with a manifest in hand; export uses it to verify a bundle before it writes the manifest."""
     module, library, package, extra = ENGINES[bundle.engine]
     try:
@@ -50,7 +66,7 @@ def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None) -> 
         raise MissingExtra(package, extra) from error
     tokenizer = _tokenizer(bundle.path_of(folder, "tokenizer"))
     engine = importlib.import_module(module).open_engine(folder, bundle, threads or usable_cores())
-    return BundleVlm(bundle, engine, tokenizer)
+    return BundleVlm(bundle, engine, tokenizer, cache_mb=cache_mb)
 
 
 def usable_cores() -> int:

@@ -30,8 +30,16 @@ class Engine(Protocol):
         """
         ...
 
-    def decode(self, token_id: int) -> Logits:
-        """Append one token to the cache and return the logits (vocabulary,) that follow it."""
+    def extend(self, token_ids: Sequence[int]) -> Logits:
+        """Append text tokens, at least one, to the cache and return the logits (vocabulary,) that follow the last."""
+        ...
+
+    def mark(self) -> None:
+        """Remember where the cache ends now. There is one mark; the next prefill forgets it."""
+        ...
+
+    def rewind(self) -> bool:
+        """Forget all that came after the mark, which stays. False where there is none, or this model cannot."""
         ...
 
     def close(self) -> None:

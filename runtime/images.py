@@ -5,6 +5,8 @@ The steps and their rounding are those of transformers' `Idefics3ImageProcessorP
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import math
 import os
@@ -30,7 +32,8 @@ MAX_EDGE = 4096
 def open_image(source: Source, *, min_edge: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture as upright RGB: EXIF orientation applied, transparency laid on white, 16 bit scaled to 8.
 
-    `source` is a path, the bytes of a file, a PIL image, or an array (height, width[, 1 | 3 | 4]) of uint8 or uint16.
+    `source` is a path, a data URL (a string that starts with `data:`), the bytes of a file, a PIL image, or an array
+    (height, width[, 1 | 3 | 4]) of uint8 or uint16.
     Raises `ImageError` with the reason `unreadable`, `truncated`, `too_large` (checked before decoding) or `too_small`
     (an edge below `min_edge`).
     """
@@ -95,9 +98,26 @@ def _undecoded(source: Source) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(array))
     if isinstance(source, (bytes, bytearray, memoryview)):
         file: IO[bytes] | str | os.PathLike[str] = io.BytesIO(source)
+    elif _is_data_url(source):
+        file = io.BytesIO(_data_of(str(source)))
     else:
         file = source
     return Image.open(file, formats=FORMATS)
+
+
+def _is_data_url(source: object) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def _data_of(url: str) -> bytes:
+    """The content of `data:image/png;base64,…` (RFC 2397). What it says it is does not matter: the bytes tell."""
+    head, comma, content = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ValueError("a data URL must look like data:image/png;base64,…")
+    try:
+        return base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the data URL's content is not base64: {error}") from error
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
@@ -159,6 +179,8 @@ def _whole_tiles_size(size: tuple[int, int], tile: int) -> tuple[int, int]:
 
 
 def _name_of(source: Source) -> str:
+    if _is_data_url(source):
+        return "data URL"
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     return {bytes: "picture in memory", np.ndarray: "array"}.get(type(source), "picture")

@@ -67,6 +67,7 @@ class LlamaCpp:
         self._context: Any = None
         self._mtmd: Any = None
         self._past = 0
+        self._mark: int | None = None
         self._tokens_per_tile = tokens_per_tile
         try:
             self._model = _load_model(language_model)
@@ -91,7 +92,7 @@ class LlamaCpp:
         if images != len(rows):
             raise ModelError(f"{images} image tokens in the prompt, features for {len(rows)}")
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-        self._past = 0
+        self._past, self._mark = 0, None
         collected: list[Logits] = []
         taken = 0
         # With all logits, chunks are as short as the buffer for logits that the context has.
@@ -107,9 +108,27 @@ class LlamaCpp:
             collected.append(logits)
         return np.concatenate(collected) if all_logits else cast("Logits", collected[-1][-1])
 
-    def decode(self, token_id: int) -> Logits:
-        """See `Engine.decode`."""
-        return cast("Logits", self._decode_batch(1, 1, token=np.asarray([token_id], np.int32))[-1])
+    def extend(self, token_ids: Sequence[int]) -> Logits:
+        """See `Engine.extend`."""
+        ids = np.asarray(token_ids, np.int32)
+        for start in range(0, len(ids), BATCH):
+            part = ids[start : start + BATCH]
+            logits = self._decode_batch(len(part), int(start + BATCH >= len(ids)), token=part)
+        return cast("Logits", logits[-1])
+
+    def mark(self) -> None:
+        """See `Engine.mark`."""
+        self._mark = self._past
+
+    def rewind(self) -> bool:
+        """See `Engine.rewind`."""
+        if self._mark is None:
+            return False
+        # A model with a recurrent state cannot take steps back and says so.
+        if not llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), 0, self._mark, -1):
+            return False
+        self._past = self._mark
+        return True
 
     def close(self) -> None:
         """See `Engine.close`. Safe to call twice."""

@@ -55,6 +55,7 @@ class OnnxEngine:
         }
         self._past: dict[str, Any] = {}
         self._length = 0
+        self._mark: tuple[dict[str, Any], int] | None = None
 
     def encode(self, tiles: Tiles) -> Features:
         """See `Engine.encode`. Raises `InputError` for a tile whose pixel values are all zero: the model skips it."""
@@ -79,19 +80,31 @@ class OnnxEngine:
         if len(places) != len(rows):
             raise ModelError(f"{len(places)} image tokens in the prompt for {len(rows)} image features")
         embeds[0, places] = rows
-        self._past, self._length = self._empty, 0
+        self._past, self._length, self._mark = self._empty, 0, None
         logits = self._step(embeds, 0 if all_logits else 1)
         last: Logits = logits[-1]
         return logits if all_logits else last
 
-    def decode(self, token_id: int) -> Logits:
-        """See `Engine.decode`."""
-        logits: Logits = self._step(self._embed(np.array([token_id], np.int64)), 1)[-1]
+    def extend(self, token_ids: Sequence[int]) -> Logits:
+        """See `Engine.extend`."""
+        logits: Logits = self._step(self._embed(np.asarray(token_ids, np.int64)), 1)[-1]
         return logits
+
+    def mark(self) -> None:
+        """See `Engine.mark`. Every step writes a new cache, so the old one only has to be kept: memory for a second."""
+        self._mark = (self._past, self._length)
+
+    def rewind(self) -> bool:
+        """See `Engine.rewind`."""
+        if self._mark is None:
+            return False
+        self._past, self._length = self._mark
+        return True
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._past = self._empty = {}
+        self._mark = None
         del self._embedding, self._vision, self._decoder
 
     def _embed(self, ids: Any) -> Features:

@@ -31,7 +31,13 @@ class Timings:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `tokens` are the new token ids without the stop token; `finish_reason` is stop, length or error."""
+    """One answer. `tokens` are the new token ids without the stop token; `finish_reason` is stop, length or error.
+
+    `logprob` is the natural logarithm of the probability that the model gives to this very answer: the sum over the new
+    tokens and the stop token that ended it, under the model's own distribution (temperature 1, whole vocabulary),
+    however the tokens were chosen. None where the engine does not tell. `cached_tokens` of the `prompt_tokens` were
+    held from an earlier question about the same picture and not read again.
+    """
 
     text: str
     tokens: tuple[int, ...] = ()
@@ -39,6 +45,8 @@ class Answer:
     finish_reason: str = "stop"
     timings: Timings = field(default_factory=Timings)
     error: str | None = None
+    logprob: float | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import mpa_edge.runtime as runtime
 from mpa_edge.bundle import Bundle, Source
 from mpa_edge.errors import BundleError, ImageError, InputError, MissingExtra, ModelError
 from mpa_edge.export.families import family_of, read_config
-from mpa_edge.runtime.bundle_vlm import BundleVlm, Chooser
+from mpa_edge.runtime.bundle_vlm import BundleVlm
+from mpa_edge.runtime.choosing import Chooser, log_probability
 from mpa_edge.runtime.engine import Features, Logits, Tiles
+from mpa_edge.runtime.look import FeatureCache
 from mpa_edge.runtime.vlm import Decoding, Timings, Vlm
 
 
@@ -29,16 +33,25 @@ class Script:
 
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
         self.tokens, self.vocabulary, self.place, self.closed = list(tokens), vocabulary, 0, False
+        self.encoded = 0
 
     def encode(self, tiles: Tiles) -> Features:
+        self.encoded += 1
         return np.zeros((len(tiles), 16, 4), np.float32)
 
     def prefill(self, token_ids: Sequence[int], features: Features, *, all_logits: bool = False) -> Logits:
         self.place = 0
+        return np.zeros((len(token_ids) if all_logits else 1, self.vocabulary), np.float32)[-1]
+
+    def extend(self, token_ids: Sequence[int]) -> Logits:
         return self._next()
 
-    def decode(self, token_id: int) -> Logits:
-        return self._next()
+    def mark(self) -> None:
+        pass
+
+    def rewind(self) -> bool:
+        self.place = 0
+        return True
 
     def close(self) -> None:
         self.closed = True
@@ -182,6 +195,140 @@ def test_a_bad_picture_is_an_image_error(manifest: Bundle, tokenizer: Tokenizer)
 def test_lengths_must_match(manifest: Bundle, tokenizer: Tokenizer, image: Image.Image) -> None:
     with pytest.raises(ValueError, match="1 pictures"):
         scripted(manifest, tokenizer, "red").answer([image], [])
+
+
+def test_many_pairs_are_answered_in_order_and_a_bad_one_spoils_no_other(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image
+) -> None:
+    vlm = scripted(manifest, tokenizer, "red")
+    answers = vlm.ask_many([(image, "?"), (b"no picture", "?"), (image, "why? " * 1000), (np.asarray(image), "?")])
+    assert [answer.finish_reason for answer in answers] == ["stop", "error", "error", "stop"]
+    assert "unreadable" in str(answers[1].error)
+    assert vlm.ask_many([(image, "?")], max_new_tokens=1)[0].finish_reason == "length"
+
+
+def test_the_log_probability_is_that_of_the_whole_answer_with_its_end(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image
+) -> None:
+    """The script's logits are 5 for the chosen token and 0 for all others."""
+    each = 5 - np.log(np.exp(5) + tokenizer.get_vocab_size() - 1)
+    vlm = scripted(manifest, tokenizer, "red")
+    for limit, counted in ((50, 1), (1, 0)):
+        answer = vlm.ask(image, "?", max_new_tokens=limit)
+        assert answer.logprob == pytest.approx((len(answer.tokens) + counted) * each, abs=1e-5)
+
+
+def test_log_probabilities_are_those_of_torch() -> None:
+    import torch
+
+    logits = np.random.default_rng(0).normal(0, 6, 50_000).astype(np.float32)
+    wanted = torch.log_softmax(torch.from_numpy(logits).double(), 0)
+    for token in (0, 17, int(logits.argmax()), int(logits.argmin())):
+        assert log_probability(logits, token) == pytest.approx(float(wanted[token]), abs=1e-5)
+
+
+class Slow(Script):
+    """Notices two callers at once."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.inside = self.clashes = 0
+
+    def extend(self, token_ids: Sequence[int]) -> Logits:
+        self.clashes += self.inside
+        self.inside += 1
+        time.sleep(0.001)
+        self.inside -= 1
+        return super().extend(token_ids)
+
+
+def test_threads_may_share_a_model(manifest: Bundle, tokenizer: Tokenizer, image: Image.Image) -> None:
+    tokens = [*tokenizer.encode("one two three").ids, manifest.prompt.stop_token_ids[0]]
+    engine = Slow(tokens, tokenizer.get_vocab_size())
+    with BundleVlm(manifest, engine, tokenizer) as vlm, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(vlm.ask, image, "?", max_new_tokens=50) for _ in range(40)]
+        assert {answer.result().text for answer in asked} == {"one two three"}
+    assert engine.clashes == 0
+
+
+def test_closing_waits_for_the_answer_that_runs(manifest: Bundle, tokenizer: Tokenizer, image: Image.Image) -> None:
+    engine = Slow([tokenizer.encode("a").ids[0]] * 200, tokenizer.get_vocab_size())
+    vlm = BundleVlm(manifest, engine, tokenizer)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(vlm.ask, image, "?", max_new_tokens=100)
+        while not engine.place:
+            time.sleep(0.001)
+        vlm.close()
+        assert len(asked.result().tokens) == 100
+
+
+def test_a_second_question_encodes_nothing_and_reads_only_itself(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image
+) -> None:
+    vlm = scripted(manifest, tokenizer, "red")
+    first, second = vlm.ask(image, "What?"), vlm.ask(np.asarray(image), "And what else?")
+    assert (vlm._engine.encoded, first.cached_tokens) == (1, 0)
+    assert 16 < second.cached_tokens < second.prompt_tokens
+    other = Image.new("RGB", (40, 30), "blue")
+    assert vlm.ask(other, "What?").cached_tokens == 0
+    # Back at the first picture: its place in the cache is gone, its features are not.
+    assert vlm.ask(image, "What?").cached_tokens == 0
+    assert vlm._engine.encoded == 2
+
+
+def test_without_a_cache_every_question_takes_its_full_time(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image
+) -> None:
+    vlm = BundleVlm(manifest, Script(tokenizer.encode("a b c d e f g").ids, 500), tokenizer, cache_mb=0)
+    assert [vlm.ask(image, "?").cached_tokens for _ in range(3)] == [0, 0, 0]
+    assert vlm._engine.encoded == 3
+    with vlm.look(image) as view:
+        assert view.ask("?").cached_tokens > 16
+        vlm.ask(Image.new("RGB", (9, 9)), "?")
+        assert view.ask("?").cached_tokens == 0  # read again, not encoded again
+    assert vlm._engine.encoded == 5
+    assert vlm.ask(image, "?").cached_tokens == 0
+    with pytest.raises(ModelError, match="view"):
+        view.ask("?")
+
+
+def test_a_look_says_what_it_took_and_ends_an_open_stream(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image
+) -> None:
+    vlm = scripted(manifest, tokenizer, "one two three")
+    stream = vlm.stream(Image.new("RGB", (9, 9)), "?")
+    next(stream)
+    with vlm.look(image) as view:
+        assert view.timings.vision is not None
+        assert view.timings.decode is None
+        with pytest.raises(ModelError, match="another question"):
+            list(stream)
+        assert "".join(view.stream("?", max_new_tokens=50)) == "one two three"
+    with pytest.raises(ImageError):
+        vlm.look(b"no picture")
+
+
+def test_an_engine_that_cannot_go_back_reads_anew(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = scripted(manifest, tokenizer, "red")
+    monkeypatch.setattr(Script, "rewind", lambda self: False)
+    answers = [vlm.ask(image, "?") for _ in range(3)]
+    assert [answer.cached_tokens for answer in answers] == [0, 0, 0]
+    assert {answer.text for answer in answers} == {"red"}
+
+
+def test_the_feature_cache_is_bounded_in_bytes() -> None:
+    cache = FeatureCache(100)
+    row = np.zeros(10, np.float32)  # 40 bytes
+    cache.put(b"a", row)
+    cache.put(b"b", row)
+    cache.get(b"a")
+    cache.put(b"c", row)
+    assert [cache.get(key) is not None for key in (b"a", b"b", b"c")] == [True, False, True]
+    cache.put(b"huge", np.zeros(1000, np.float32))
+    assert cache.get(b"huge") is None
+    assert cache.bytes == 80
 
 
 def test_describe_is_json_and_names_the_settings(manifest: Bundle, tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -164,3 +165,18 @@ def test_limits_hold_before_decoding() -> None:
 def test_the_caller_decides_what_is_too_small() -> None:
     assert open_image(Image.new("RGB", (1, 1))).size == (1, 1)
     assert reason(Image.new("RGB", (1, 1)), min_edge=2) == "too_small"
+
+
+def test_a_data_url_is_a_picture() -> None:
+    file, image = io.BytesIO(), picture("RGB", (30, 20))
+    image.save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    np.testing.assert_array_equal(np.asarray(open_image(url)), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    "url", ["data:image/png;base64,@@", "data:image/png,plain", "data:", "data:image/png;base64,", "DATA:;base64,aGk="]
+)
+def test_a_bad_data_url_is_an_image_error_that_does_not_repeat_it(url: str) -> None:
+    with pytest.raises(ImageError, match=r"^data URL: unreadable"):
+        open_image(url)

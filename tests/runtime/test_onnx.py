@@ -130,16 +130,40 @@ def test_decoding_equals_reading_the_same_tokens_at_once(
 ) -> None:
     engine, tokens, features = opened(make_bundle(tiny_idefics3, "fp32"), picture(200, 180))
     wanted = engine.prefill([*tokens, 11, 12, 13], features, all_logits=True)[-4:]
-    got = [engine.prefill(tokens, features), *(engine.decode(token) for token in (11, 12, 13))]
+    got = [engine.prefill(tokens, features), *(engine.extend([token]) for token in (11, 12, 13))]
     np.testing.assert_allclose(np.stack(got), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_a_new_prompt_forgets_the_old_one(tiny_idefics3: Path, make_bundle: MakeBundle, picture: Picture) -> None:
     engine, tokens, features = opened(make_bundle(tiny_idefics3, "fp32"), picture(200, 180))
     first = engine.prefill(tokens, features)
-    engine.decode(11)
+    engine.extend([11])
     engine.prefill(tokens[::-1], features)
     np.testing.assert_array_equal(engine.prefill(tokens, features), first)
+
+
+def test_a_kept_picture_gives_the_very_same_answers(
+    tiny_idefics3: Path, make_bundle: MakeBundle, picture: Picture
+) -> None:
+    """To the bit: the log-probability too, whether the picture was kept, read again from its features, or encoded."""
+    image, other = picture(200, 180, seed=1), picture(200, 40, seed=2)
+    asked = [(image, QUESTION), (image, "How many? " * 40), (other, "Yes or no?"), (image, "Yes or no?")]
+
+    def told(answers: list[Any]) -> list[Any]:
+        return [(answer.tokens, answer.logprob) for answer in answers]
+
+    with load(make_bundle(tiny_idefics3, "int8"), threads=1) as vlm:
+        alone = []
+        for pair in asked:
+            alone += vlm.ask_many([pair])
+            vlm.logits(other, "?")  # forgets where the picture was
+        kept = vlm.ask_many(asked)
+        with vlm.look(image) as view, vlm.look(other) as second:
+            vlm._engine.encode = None  # whatever comes now, nothing is encoded
+            looked = [(second if seen is other else view).ask(question) for seen, question in asked]
+    assert told(alone) == told(kept) == told(looked)
+    assert [answer.cached_tokens > 0 for answer in alone] == [False] * 4
+    assert [answer.cached_tokens > 0 for answer in kept] == [False, True, False, False]
 
 
 @pytest.mark.parametrize(("quant", "low", "high"), [("int8", 1e-4, 0.05), ("q4", 0.01, 0.5)])
