@@ -105,7 +105,6 @@ def _refuse_what_does_not_fit(kind: Kind, spec: str, **typed: Any) -> None:
 
 def _open_transformers(spec: str, name: str | None, **settings: Any) -> Vlm:
     folder = Path(spec).expanduser()
-    settings = {key: value for key, value in settings.items() if value}
     if folder.is_dir() or spec.startswith((".", "/", "~")):
         _require_model(folder, spec)
     try:

@@ -25,13 +25,22 @@ import pytest
 from PIL import Image
 
 import mpa_edge.benchmarks
+from mpa_edge.annotate import Annotator
+from mpa_edge.benchmarks.measure import read_measured
 from mpa_edge.benchmarks.reference import write_test
+from mpa_edge.benchmarks.variants import size_bytes, variants_of
+from mpa_edge.benchmarks.worker import Ask, Job, open_variant, work
+from mpa_edge.bundle import Bundle, Source, read_bundle, write_bundle
 from mpa_edge.chat_address import parse_spec
 from mpa_edge.chat_messages import ENCODING, PNG_PIXELS, data_url, request_of
 from mpa_edge.chat_vlm import FAILED_IN_A_ROW, ChatVlm
 from mpa_edge.errors import BudgetSpent, InputError, ModelError
+from mpa_edge.identify import Identifier
 from mpa_edge.models import open_vlm
-from mpa_edge.runtime.vlm import Decoding, Vlm
+from mpa_edge.parts import open_parts, read_parts
+from mpa_edge.records import Annotation, Sample
+from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
+from mpa_edge.tasks import task_named
 
 REFERENCE = Path(mpa_edge.benchmarks.__file__).parent / "reference"
 KEY = "sk-secret-0123456789"
@@ -55,6 +64,8 @@ class Misbehaving:
     script: Script
     models: Any = ("only",)
     port: int = 0
+    http: ThreadingHTTPServer | None = None
+    dead: bool = False
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
@@ -68,11 +79,21 @@ class Misbehaving:
     def prompts(self) -> list[str]:
         return [prompt_of(request) for request in self.asked]
 
+    def die(self) -> str:
+        """As the process would: nobody listens any more, and what is under way is cut."""
+        assert self.http is not None
+        self.dead = True
+        self.http.shutdown()
+        self.http.server_close()
+        return "reset"
+
     def handler(server) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                if server.dead:
+                    return self.cut()
                 models = server.models
                 if isinstance(models, tuple):
                     models = {"object": "list", "data": [{"id": name, "object": "model"} for name in models]}
@@ -94,12 +115,15 @@ class Misbehaving:
                     self.end_headers()
                     self.wfile.write(b'{"choices": [')
                     self.wfile.flush()
-                    # Linger of no seconds: the connection is reset instead of closed.
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.connection.close()
-                    self.close_connection = True
+                    self.cut()
                 else:
                     self.send(*(found if isinstance(found, tuple) else (200, found)))
+
+            def cut(self) -> None:
+                # Linger of no seconds: the connection is reset instead of closed.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                self.close_connection = True
 
             def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
                 data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
@@ -127,7 +151,7 @@ class Quiet(ThreadingHTTPServer):
 def serving(script: Script | None = None, **settings: Any) -> Iterator[Misbehaving]:
     server = Misbehaving(script or (lambda request, number: reply()), **settings)
     with Quiet(("127.0.0.1", server.port), server.handler()) as http:
-        server.port = http.server_address[1]
+        server.http, server.port = http, http.server_address[1]
         threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield server
@@ -422,24 +446,102 @@ def test_the_key_comes_from_the_environment_and_is_never_told(monkeypatch: pytes
         ChatVlm("http://host/v1", "m")
 
 
+def annotate(vlm: Vlm, samples: list[Sample], folder: Path) -> None:
+    """The stage of a run, in parts of six pictures."""
+    annotator = Annotator(vlm, task_named("reference"))
+    parts = open_parts(folder, Annotation, annotator.fingerprint(), len(samples) // 6)
+    for number in range(len(samples) // 6):
+        chunk = samples[6 * number : 6 * number + 6]
+        parts.fill(number, lambda known, chunk=chunk: annotator.annotations(chunk, known))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> list[Sample]:
+    """24 pictures, each of another size."""
+    found = []
+    for number in range(24):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (16 + number, 16), "red").save(path)
+        found.append(Sample(str(number), str(path), str(number)))
+    return found
+
+
+def test_a_run_goes_on_when_its_server_is_back(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    folder = tmp_path / "run"
+
+    def until_15(request: Any, number: int) -> Any:
+        if number == 15:
+            return server.die()
+        return "reset" if server.dead else reply("What colour? Red")
+
+    with serving(until_15) as server:
+        vlm = ChatVlm.load(server.url, concurrency=2, max_retries=1)
+        with pytest.raises(ModelError, match=r"type the same command again to go on"):
+            annotate(vlm, samples, folder)
+    assert sorted(path.name for path in folder.glob("part*")) == ["part-00000.jsonl", "part-00001.jsonl"]
+    with serving(lambda request, number: reply("What colour? Red")) as server:  # on another port
+        annotate(ChatVlm.load(server.url), samples, folder)
+        assert len(server.asked) == 12
+    rows = list(read_parts(folder, Annotation))
+    assert [(row.sample_id, row.reason) for row in rows] == [(sample.id, None) for sample in samples]
+    assert not [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_budget_ends_a_run_and_the_next_one_goes_on(samples: list[Sample], tmp_path: Path) -> None:
+    with serving(lambda request, number: reply("What colour? Red")) as server:
+        for attempt in range(3):
+            vlm = ChatVlm.load(server.url, concurrency=2, max_requests=10)
+            with pytest.raises(BudgetSpent):
+                annotate(vlm, samples, tmp_path / "run")
+            assert len(list((tmp_path / "run").glob("part*"))) == attempt + 1
+        annotate(ChatVlm.load(server.url, max_requests=10), samples, tmp_path / "run")
+        assert len(server.asked) == 36  # twelve of them for answers of parts that were not finished
+    assert [row.sample_id for row in read_parts(tmp_path / "run", Annotation)] == [sample.id for sample in samples]
+
+
 @pytest.fixture(scope="module")
-def stock_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of llama-cpp-python's own server, as people start it, with the reference teacher."""
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference teacher, exported."""
+    from mpa_edge.export.families import family_of, read_config
     from mpa_edge.export.merged import Names
     from mpa_edge.export.to_gguf import to_gguf
+    from mpa_edge.processors import load_processor
 
-    folder = tmp_path_factory.mktemp("gguf")
-    files, _ = to_gguf(REFERENCE / "teacher", {"f16": folder}, Names("teacher"))["f16"]
-    paths = {file.role: str(folder / file.path) for file in files}
+    model, folder = REFERENCE / "teacher", tmp_path_factory.mktemp("gguf")
+    files, _ = to_gguf(model, {"f16": folder}, Names("teacher"))["f16"]
+    config, processor = read_config(model), load_processor(str(model))
+    family = family_of(config)
+    manifest = Bundle(
+        name="exported",
+        family=family.name,
+        engine="llama.cpp",
+        quantization="f16",
+        files=tuple(files),
+        image=family.image_settings(config, processor),
+        prompt=family.prompt_settings(config, processor, "{question}", 12),
+        source=Source(student="teacher", tool_version="0"),
+    )
+    write_bundle(folder, manifest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock_server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of llama-cpp-python's own server, started as people start it, with the files of the bundle."""
+    files = {file.role: str(bundle / file.path) for file in read_bundle(bundle).files}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "llama_cpp.server", "--host", "127.0.0.1", "--port", port, "--n_ctx", "1024"]
-    command += ["--model", paths["language_model"], "--clip_model_path", paths["mmproj"], "--chat_format", "mtmd"]
+    command += ["--model", files["language_model"], "--clip_model_path", files["mmproj"], "--chat_format", "mtmd"]
     command += ["--model_alias", "reference/teacher", "--n_threads", "1", "--verbose", "false"]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    path = tmp_path_factory.mktemp("server") / "log"
+    with path.open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
-            wait_for(f"http://127.0.0.1:{port}/v1/models", process, folder / "log")
+            wait_for(f"http://127.0.0.1:{port}/v1/models", process, path)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.kill()
@@ -458,22 +560,79 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             return
 
 
-def test_a_stock_server_answers_questions_about_pictures(stock_server: str, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in write_test(tmp_path, 40).read_text().splitlines()]
+@pytest.fixture(scope="module")
+def test_set(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Easy questions of the reference test, with the paths of their pictures."""
+    folder = tmp_path_factory.mktemp("test")
+    rows = [json.loads(line) for line in write_test(folder, 40).read_text().splitlines()]
     easy = [row for row in rows if row["kind"] in ("sign_color", "line_top")]
-    images = [Image.open(tmp_path / row["image"]) for row in easy]
+    return [{**row, "image": str(folder / row["image"])} for row in easy]
+
+
+def ask_all(vlm: Vlm, rows: list[dict[str, Any]]) -> list[Answer]:
+    return vlm.answer([Image.open(row["image"]) for row in rows], [row["question"] for row in rows], Decoding(12))
+
+
+def share_right(answers: list[Answer], rows: list[dict[str, Any]]) -> float:
+    return sum(answer.text in row["answers"] for answer, row in zip(answers, rows, strict=True)) / len(rows)
+
+
+def test_a_stock_server_answers_questions_about_pictures(stock_server: str, test_set: list[dict[str, Any]]) -> None:
     vlm = open_vlm(stock_server, concurrency=3)
     assert (vlm.name, vlm.engine, vlm.describe()["model"]) == ("teacher", "chat", "reference/teacher")
-    answers = vlm.answer(images, [row["question"] for row in easy], Decoding(12))
+    answers = ask_all(vlm, test_set)
     assert {answer.finish_reason for answer in answers} == {"stop"}
-    assert all(answer.text and answer.prompt_tokens > 36 for answer in answers)
-    # Its chat handler has other tokens and other tiles than the model was trained with, but colours survive that.
-    right = sum(answer.text in row["answers"] for answer, row in zip(answers, easy, strict=True))
-    assert right >= 0.6 * len(easy) > 2, [
-        (answer.text, row["answers"]) for answer, row in zip(answers, easy, strict=True)
-    ]
-    again = vlm.answer(images, [row["question"] for row in easy], Decoding(12))
-    assert [answer.text for answer in again] == [answer.text for answer in answers]
-    (cut,) = vlm.answer(images[:1], ["Write a question about this picture and answer it."], Decoding(2))
+    assert all(answer.text and (answer.prompt_tokens or 0) > 36 for answer in answers)
+    # Its chat handler has other tokens and other tiles than the model was trained with; colours survive that.
+    assert len(test_set) >= 5
+    assert share_right(answers, test_set) >= 0.6
+    assert [answer.text for answer in ask_all(vlm, test_set)] == [answer.text for answer in answers]
+    (cut,) = vlm.answer([RED], ["Write a question about this picture and answer it."], Decoding(2))
     assert cut.finish_reason == "length"
     vlm.close()
+
+
+def test_a_server_teaches_and_a_bundle_is_asked(
+    stock_server: str, bundle: Path, test_set: list[dict[str, Any]]
+) -> None:
+    teacher, student = open_vlm(stock_server), open_vlm(str(bundle), name="asked", device="cpu", batch_size=4)
+    assert (student.name, student.engine) == ("asked", "llama.cpp")
+    rows = [Annotation(row["id"], row["id"], row["question"], row["answers"][0], "") for row in test_set]
+    cases = Identifier(teacher, student, task_named("reference")).cases(
+        rows, {row["id"]: Path(row["image"]) for row in test_set}
+    )
+    assert len(cases) == len(rows)
+    assert {case.verdict for case in cases} <= {"parity", "agree", "unconfirmed"}
+    # The runtime gives the model the tokens and pixels that it was trained with.
+    assert sum(case.student_score for case in cases) / len(cases) >= 0.8
+    student.close()
+
+
+def test_a_bundle_may_be_the_teacher(bundle: Path, test_set: list[dict[str, Any]]) -> None:
+    teacher = open_vlm(str(bundle))
+    samples = [Sample(row["id"], row["image"], row["id"]) for row in test_set]
+    written = Annotator(teacher, task_named("reference"), temperature=0).annotations(samples)
+    assert sum(row.reason is None for row in written) >= len(samples) / 2
+    assert teacher.describe()["engine"] == "llama.cpp"
+    teacher.close()
+
+
+def test_bench_measures_a_server_as_a_baseline(
+    stock_server: str, test_set: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (teacher,) = variants_of((), (f"teacher={stock_server}#reference/teacher",))
+    assert (teacher.name, teacher.role, teacher.engine) == ("teacher", "teacher", "chat")
+    assert [one.name for one in variants_of((), (f"{stock_server}#reference/teacher",))] == ["teacher"]
+    asks = [Ask(row["id"], row["image"], row["question"]).to_json() for row in test_set]
+    job = Job(teacher.name, teacher.spec, 1, 12, 32, warm_up=[], latency=asks[:2], accuracy=asks)
+    vlm = open_variant(job)
+    work(vlm, job, tmp_path, lambda *_: None)
+    vlm.close()
+    measured = read_measured(tmp_path, reason=None)
+    right = [measured.answers[row["id"]].text in row["answers"] for row in test_set]
+    assert sum(right) >= 0.6 * len(right)
+    assert all((row.wall_ms or 0) > 0 for row in measured.latency)
+    assert measured.peak_memory_bytes is None  # ours says nothing about the server's
+    assert size_bytes(teacher.spec) is None
+    with pytest.raises(InputError, match="password"):
+        variants_of((), ("teacher=http://me:word@host/v1",))
