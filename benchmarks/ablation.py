@@ -11,8 +11,9 @@ question by an earlier row is not asked again (`MemoVlm`).
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,14 +125,26 @@ def scores_of(vlm: Vlm, data: dict[str, Path]) -> dict[str, dict[str, list[float
 
 def write_data(out: Path, split: Split) -> dict[str, Path]:
     """The labelled files by name: the split, and the student's home domain. The pool is written too."""
-    if not (out / "pool").is_dir():
-        write_pool(out / "pool", POOL)
-    paths = {split.value: out / split.value / f"{split.value}.jsonl", "home": out / "home" / "home.jsonl"}
-    writers = {"validation": write_validation, "test": write_test, "home": write_home}
-    for name, path in paths.items():
-        if not path.is_file():
-            writers[name](path.parent, HOME if name == "home" else QUESTIONS)
-    return paths
+    _write_once(out / "pool", lambda folder: write_pool(folder, POOL))
+    writers = {split.value: (write_test if split is Split.test else write_validation, QUESTIONS)}
+    writers["home"] = (write_home, HOME)
+    for name, (write, count) in writers.items():
+        _write_once(out / name, lambda folder, write=write, count=count: write(folder, count))
+    return {name: out / name / f"{name}.jsonl" for name in writers}
+
+
+def _write_once(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Write a folder whole or not at all; another process may be writing the same one."""
+    if folder.is_dir():
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    write(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not folder.is_dir():
+            raise
 
 
 @app.command()
