@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 
 from mpa_edge.errors import ExportError, ModelError
 from mpa_edge.models import base_of
-from mpa_edge.processors import load_processor
+from mpa_edge.processors import load_processor, save_limit
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What makes a model folder besides its weights.
@@ -32,8 +32,10 @@ KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 OF_EFFECT, OF_LOGITS = 0.05, 1e-3
 
 
-def merge(adapter: Path, out: Path) -> dict[str, Any]:
+def merge(adapter: Path, out: Path, *, longest_edge: int | None = None) -> dict[str, Any]:
     """Merge the adapter into the base that it names, and write the folder `out`, which must not exist.
+
+    `longest_edge` is the picture size that the adapter was trained with, where that is not the base's own.
 
     Returns the outcome of the checks. Raises `ExportError` when the base is quantized or one of the checks fails: at
     least one targeted tensor changed; all others are bit-identical; names, shapes and types are the base's; the written
@@ -55,6 +57,8 @@ def merge(adapter: Path, out: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ExportError(f"{adapter} cannot be merged: {error}") from error
     write_merged(base, out, {name: merged[name] for name in targeted & merged.keys()}, targeted)
+    if longest_edge is not None:
+        save_limit(out, load_processor(out, longest_edge).image_processor)
     del model, adapted, merged
     return {
         **check_tensors(base, out, targeted),

@@ -81,7 +81,7 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
         raise InputError(f"{run} has no trained student yet; finish it with mpa-edge align")
     config = content.get("config", {})
     task = task_of_run(content)
-    folder, checks = _merge_once(run, adapter, progress)
+    folder, checks = _merge_once(run, adapter, config.get("longest_edge"), progress)
     base = _model_name(base_of(adapter))
     return Merged(
         folder=folder,
@@ -103,12 +103,14 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
     )
 
 
-def _merge_once(run: Path, adapter: Path, progress: Progress) -> tuple[Path, dict[str, Any]]:
+def _merge_once(run: Path, adapter: Path, longest_edge: int | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
     """The run's merged model, made when it is not there or is another adapter's; `merged.json` vouches for it."""
     from mpa_edge.export.merge import base_folder, merge
 
     folder, record = run / "merged", run / "merged.json"
     inputs = {"adapter": digest_of_adapter(adapter), "base": digest_of_folder(base_folder(adapter))}
+    if longest_edge is not None:
+        inputs["longest_edge"] = str(longest_edge)
     try:
         known = json.loads(record.read_bytes())
         if known["inputs"] == inputs and known["output"] == digest_of_folder(folder):
@@ -118,7 +120,7 @@ def _merge_once(run: Path, adapter: Path, progress: Progress) -> tuple[Path, dic
     progress("merge")
     with Workshop(run) as workshop:
         fresh = workshop.folder("merged")
-        checks = merge(adapter, fresh)
+        checks = merge(adapter, fresh, longest_edge=longest_edge)
         record.unlink(missing_ok=True)
         workshop.place(fresh, folder)
     content = {"inputs": inputs, "output": digest_of_folder(folder), "checks": checks, "tool_version": __version__}

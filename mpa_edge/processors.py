@@ -6,12 +6,62 @@ bits. The runtime has Pillow only, so annotation, training and verification have
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpa_edge.errors import InputError
+from mpa_edge.records import write_atomic
 
-def load_processor(spec: str | Path) -> Any:
-    """`AutoProcessor.from_pretrained` with the Pillow image processor; another one where the model has no such."""
+# Where a model folder keeps its image processor's settings: a file, and the key under which they lie there.
+SETTINGS = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+
+
+def load_processor(spec: str | Path, longest_edge: int | None = None) -> Any:
+    """`AutoProcessor.from_pretrained` with the Pillow image processor; another one where the model has no such.
+
+    `longest_edge` changes how large the model sees pictures, see `limit`.
+    """
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(spec, backend="pil")
+    processor = AutoProcessor.from_pretrained(spec, backend="pil")
+    if longest_edge is not None:
+        limit(processor.image_processor, longest_edge)
+    return processor
+
+
+def limit(images: Any, longest_edge: int) -> None:
+    """Set the image processor's own limit to pictures of `longest_edge` pixels.
+
+    Idefics3, SmolVLM and others scale a picture to a `longest_edge`, before they cut it into tiles. Qwen2-VL and its
+    kin, which merge patches, call by that name the most pixels of a picture, width times height: they get those of a
+    square picture. `InputError` for processors that scale every picture to one size.
+    """
+    size = images.size
+    most, least = getattr(size, "longest_edge", None), getattr(size, "shortest_edge", None)
+    counts_pixels = hasattr(images, "merge_size")
+    if most is None or (counts_pixels and least is None):
+        raise InputError(
+            f"--longest-edge or --teacher-longest-edge {longest_edge}: {type(images).__name__} has no such setting; "
+            "leave it out"
+        )
+    most = longest_edge**2 if counts_pixels else longest_edge
+    images.size = replace(size, longest_edge=most, shortest_edge=None if least is None else min(least, most))
+
+
+def save_limit(folder: Path, images: Any) -> None:
+    """Write an image processor's limit into a model folder's own files, so that whoever loads the folder sees pictures
+    as large."""
+    edges = {name: getattr(images.size, name) for name in ("shortest_edge", "longest_edge")}
+    for name, key in SETTINGS:
+        path = folder / name
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+        settings = content if key is None else content.get(key)
+        if not settings:
+            continue
+        # Qwen2-VL's older names for the same; they would win.
+        for old in ("min_pixels", "max_pixels"):
+            settings.pop(old, None)
+        settings["size"] = {name: edge for name, edge in edges.items() if edge is not None}
+        write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from transformers import AutoModelForImageTextToText, BatchFeature, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from mpa_edge.devices import device_named, dtype_named, four_bit_config, require_four_bit
 from mpa_edge.digests import digest_of_adapter, digest_of_folder
 from mpa_edge.errors import InputError, ModelError
 from mpa_edge.features import CACHE_BYTES, FeatureCache, known_pictures, takes_features
@@ -74,23 +75,32 @@ class TransformersVlm:
         device: str = "auto",
         dtype: str = "auto",
         batch_size: int = 32,
+        four_bit: bool = False,
+        longest_edge: int | None = None,
     ) -> TransformersVlm:
         """Load a transformers folder or hub id, with a peft adapter on it if one is named; `ModelError` with the reason
         when that fails.
 
         `device` auto takes CUDA, then Apple's GPU, then the CPU; `dtype` auto is float32 on the CPU and bfloat16
-        elsewhere. The adapter is not merged.
+        elsewhere. The adapter is not merged. `four_bit` quantizes the weights as they are loaded (see `devices`), and
+        `longest_edge` sets how large the model sees pictures (see `processors.limit`); `InputError` where the machine
+        or the processor cannot do that.
         """
-        place = _device(device)
+        place = device_named(device)
+        if four_bit:
+            require_four_bit(place)
+        quantized = {"quantization_config": four_bit_config(), "device_map": {"": place}} if four_bit else {}
         if not sys.stderr.isatty():
             disable_progress_bar()
         try:
+            processor = load_processor(spec, longest_edge)
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                spec, dtype=_dtype(dtype, place), use_safetensors=True
+                spec, dtype=dtype_named(dtype, place), use_safetensors=True, **quantized
             )
-            processor = load_processor(spec)
             if adapter is not None:
                 model = _with_adapter(model, adapter)
+        except InputError:
+            raise
         except Exception as error:  # transformers and peft raise whatever they trip over
             where = spec if adapter is None else f"{adapter} on {spec}"
             raise ModelError(
@@ -100,7 +110,11 @@ class TransformersVlm:
         source["revision"] = getattr(model.config, "_commit_hash", None)
         if adapter is not None:
             source["adapter"] = digest_of_adapter(adapter)
-        return cls(model.to(place), processor, name=name or _name_of(spec), source=source, batch_size=batch_size)
+        if four_bit:
+            source["quantization"] = "nf4"
+        else:
+            model = model.to(place)
+        return cls(model, processor, name=name or _name_of(spec), source=source, batch_size=batch_size)
 
     def answer(self, images: Sequence[Image], prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[Answer]:
         """As `Vlm.answer`. Phases are timed, and kept image features left alone, where one pair is asked: several have
@@ -321,21 +335,6 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
     # peft changes the model's layers in place; the model itself keeps its own methods.
     return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: not available here ({_first_line(error)})") from error
-
-
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
 def _name_of(spec: str) -> str:

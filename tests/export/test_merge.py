@@ -183,3 +183,22 @@ def test_a_missing_base_is_a_clear_error(tiny_adapter: Path, tmp_path: Path) -> 
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/model"}))
     with pytest.raises(ExportError, match="not there"):
         merge(adapter, tmp_path / "merged")
+
+
+def test_a_run_with_a_picture_size_of_its_own_merges_into_a_model_with_it(
+    tiny_idefics3: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """What the student was asked and trained with is what every later step loads."""
+    from mpa_edge.export.merged import open_source
+    from mpa_edge.processors import load_processor
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny_adapter, run / "student")
+    for longest_edge in (128, 64, None):
+        config = {"task": "reference", "longest_edge": longest_edge}
+        (run / "run.json").write_text(json.dumps({"config": config}))
+        folder = open_source(run, None, lambda line: None).folder
+        student = load_processor(tiny_idefics3, longest_edge)
+        assert load_processor(folder).image_processor.to_dict() == student.image_processor.to_dict()
+        saved = json.loads((folder / "processor_config.json").read_text())["image_processor"]["size"]
+        assert saved == {"longest_edge": longest_edge or 192}

@@ -261,3 +261,47 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be loaded"):
         TransformersVlm.load(str(tmp_path))
+
+
+class Loaded(Exception):
+    """Stands for what `from_pretrained` would do with its arguments."""
+
+
+def test_four_bits_reach_the_loader(tiny_idefics3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that can be seen without a CUDA GPU."""
+    from transformers import AutoModelForImageTextToText
+
+    from mpa_edge import devices, transformers_vlm
+
+    seen: dict[str, Any] = {}
+
+    def from_pretrained(spec: str, **arguments: Any) -> Any:
+        seen.update(arguments)
+        raise Loaded
+
+    monkeypatch.setattr(transformers_vlm, "device_named", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    with pytest.raises(ModelError):
+        TransformersVlm.load(str(tiny_idefics3), four_bit=True)
+    config = seen["quantization_config"]
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert config.bnb_4bit_compute_dtype == seen["dtype"] == torch.bfloat16
+    assert seen["device_map"] == {"": torch.device("cuda")}
+    seen.clear()
+    with pytest.raises(ModelError):
+        TransformersVlm.load(str(tiny_idefics3))
+    assert "quantization_config" not in seen
+
+
+@pytest.mark.parametrize(("device", "missing"), [("cpu", "CUDA GPU"), ("cuda", "bitsandbytes, which is not installed")])
+def test_four_bits_without_what_they_need_name_flag_and_cure(
+    tiny_idefics3: Path, monkeypatch: pytest.MonkeyPatch, device: str, missing: str
+) -> None:
+    from mpa_edge import devices, transformers_vlm
+
+    monkeypatch.setattr(transformers_vlm, "device_named", torch.device)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=f"--teacher-4bit: needs .*{missing}") as caught:
+        TransformersVlm.load(str(tiny_idefics3), device=device, four_bit=True)
+    assert 'pip install "mpa-edge[cuda]"' in str(caught.value)
