@@ -22,6 +22,7 @@ from mpa_edge.runtime.answering import AnswerStream
 from mpa_edge.runtime.bundle_vlm import CACHE_MB, BundleVlm
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.look import View
+from mpa_edge.runtime.prompts import Turn
 from mpa_edge.runtime.vlm import Answer, Decoding, Timings, Vlm
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "BundleVlm",
     "Decoding",
     "Timings",
+    "Turn",
     "View",
     "Vlm",
     "load",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mpa_edge.errors import ModelError
 from mpa_edge.runtime.choosing import Chooser, log_probability
-from mpa_edge.runtime.prompts import TextStream
+from mpa_edge.runtime.prompts import TextStream, Turn
 from mpa_edge.runtime.vlm import Answer, Decoding, Timings
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ class AnswerStream(Iterator[str]):
     this stream: its next piece raises `ModelError`.
     """
 
-    def __init__(self, vlm: BundleVlm, see: Callable[[], Picture], prompt: str, decoding: Decoding) -> None:
+    def __init__(self, vlm: BundleVlm, see: Callable[[], Picture], turns: Sequence[Turn], decoding: Decoding) -> None:
         """`see` gives the picture; what it takes counts as preprocessing."""
         self.answer: Answer | None = None
         self._vlm = vlm
-        self._pieces = self._run(see, prompt, decoding)
+        self._cancelled = False
+        self._pieces = self._run(see, turns, decoding)
 
     def __next__(self) -> str:
         with self._vlm.lock:
@@ -42,11 +43,15 @@ class AnswerStream(Iterator[str]):
             raise ModelError(f"{self._vlm.name}: the stream broke off")
         return self.answer
 
-    def _run(self, see: Callable[[], Picture], prompt: str, decoding: Decoding) -> Iterator[str]:
+    def cancel(self) -> None:
+        """End the stream before its next token, without an answer. May be called from any thread."""
+        self._cancelled = True
+
+    def _run(self, see: Callable[[], Picture], turns: Sequence[Turn], decoding: Decoding) -> Iterator[str]:
         vlm, clock, choose = self._vlm, Clock(), Chooser(decoding)
         reader, stops = vlm.reader, vlm.bundle.prompt.stop_token_ids
         picture = see()
-        prompt_tokens = vlm.tokens(prompt, picture)
+        prompt_tokens = vlm.tokens(turns, picture)
         prefix, rest = reader.split(prompt_tokens)
         clock.lap("preprocess")
         reader.encode(picture, prefix)
@@ -57,6 +62,8 @@ class AnswerStream(Iterator[str]):
         logprob, finish_reason = 0.0, "length"
         text = TextStream(vlm.prompts)
         for left in reversed(range(min(decoding.max_new_tokens, vlm.room(prompt_tokens)))):
+            if self._cancelled:
+                return
             token = choose(logits)
             logprob += log_probability(logits, token)
             clock.lap(phase)

@@ -16,7 +16,7 @@ from mpa_edge.runtime.answering import AnswerStream, Clock
 from mpa_edge.runtime.engine import Engine, Logits, Tiles
 from mpa_edge.runtime.images import Source, open_image, tiles_of
 from mpa_edge.runtime.look import Picture, Reader, View
-from mpa_edge.runtime.prompts import Prompts
+from mpa_edge.runtime.prompts import Prompts, Turn
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
 
 # A tile's features take 0.25 MB in a model of SmolVLM-500M's size: some fifteen pictures of 17 tiles.
@@ -93,9 +93,28 @@ class BundleVlm:
         max_new_tokens: int | None = None,
     ) -> AnswerStream:
         """Like `ask`, as an iterator of pieces of text; after the last one `.answer` holds the whole answer."""
-        prompt, decoding = self.asked(question, decoding, max_new_tokens)
+        return self.chat(image, [_turn(question)], decoding, max_new_tokens=max_new_tokens)
+
+    def chat(
+        self,
+        image: Source,
+        turns: Sequence[Turn],
+        decoding: Decoding | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        raw: bool = False,
+    ) -> AnswerStream:
+        """Like `stream`, for a conversation about one picture: the first turn with `picture` shows it, the last asks.
+
+        The user's texts are put with the task's question template, unless `raw`. A conversation of several turns is
+        something that models trained on single questions may not be good at.
+        """
+        if sum(turn.picture for turn in turns) != 1:
+            raise InputError("one turn must have the picture, and one only")
+        if not raw:
+            turns = [replace(turn, text=self.put(turn.text)) if turn.role == "user" else turn for turn in turns]
         picture = open_image(image)
-        return AnswerStream(self, lambda: self.see(picture), prompt, decoding)
+        return AnswerStream(self, lambda: self.see(picture), turns, self.decoding(decoding, max_new_tokens))
 
     def look(self, image: Source) -> View:
         """Encode and read a picture now, for any number of questions: `with vlm.look(image) as view: view.ask(…)`."""
@@ -103,7 +122,7 @@ class BundleVlm:
         with self.lock:
             picture = self.see(opened)
             picture.kept = True
-            prefix, _ = self.reader.split(self.tokens("", picture))
+            prefix, _ = self.reader.split(self.prompts.tokens("", picture.rows, picture.columns))
             clock.lap("preprocess")
             self.reader.encode(picture, prefix)
             clock.lap("vision")
@@ -111,21 +130,22 @@ class BundleVlm:
             clock.lap("prefill")
         return View(self, picture, clock.timings())
 
-    def asked(self, question: str, decoding: Decoding | None, max_new_tokens: int | None) -> tuple[str, Decoding]:
-        """The user's turn that a question is put as, and how its answer is decoded."""
-        prompt = self.bundle.prompt.question_template.replace("{question}", question)
+    def put(self, question: str) -> str:
+        """The question in the task's template."""
+        return self.bundle.prompt.question_template.replace("{question}", question)
+
+    def decoding(self, decoding: Decoding | None, max_new_tokens: int | None) -> Decoding:
+        """How an answer is decoded where the caller leaves something open."""
         decoding = decoding or Decoding(max_new_tokens=self.bundle.prompt.max_new_tokens)
-        if max_new_tokens is not None:
-            decoding = replace(decoding, max_new_tokens=max_new_tokens)
-        return prompt, decoding
+        return decoding if max_new_tokens is None else replace(decoding, max_new_tokens=max_new_tokens)
 
     def see(self, image: Image) -> Picture:
         """A picture cut into tiles."""
         return Picture(*tiles_of(image, self.bundle.image))
 
-    def tokens(self, prompt: str, picture: Picture) -> list[int]:
+    def tokens(self, turns: Sequence[Turn], picture: Picture) -> list[int]:
         """The token ids of the whole prompt; `InputError` when it leaves no room for an answer."""
-        tokens = self.prompts.tokens(prompt, picture.rows, picture.columns)
+        tokens = self.prompts.conversation(turns, picture.rows, picture.columns)
         if self.room(tokens) <= 0:
             raise InputError(
                 f"the prompt takes {len(tokens)} of {self.bundle.prompt.context_length} tokens "
@@ -144,7 +164,7 @@ class BundleVlm:
         Raises `InputError` when the prompt leaves no room for an answer.
         """
         picture = self.see(image)
-        return self.tokens(prompt, picture), picture.tiles
+        return self.tokens([_turn(prompt)], picture), picture.tiles
 
     def logits(self, image: Image, prompt: str) -> Logits:
         """Logits (positions, vocabulary) at every position of the prompt, for comparison with another engine."""
@@ -185,9 +205,13 @@ class BundleVlm:
 
     def _answer_or_error(self, image: Image, prompt: str, decoding: Decoding) -> Answer:
         try:
-            return AnswerStream(self, lambda: self.see(image), prompt, decoding).result()
+            return AnswerStream(self, lambda: self.see(image), [_turn(prompt)], decoding).result()
         except InputError as error:
             return _refused(error)
+
+
+def _turn(text: str) -> Turn:
+    return Turn("user", text, picture=True)
 
 
 def _refused(error: InputError) -> Answer:

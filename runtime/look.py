@@ -20,6 +20,7 @@ import numpy as np
 from mpa_edge.errors import ModelError
 from mpa_edge.runtime.answering import AnswerStream
 from mpa_edge.runtime.engine import Engine, Features, Logits, Tiles
+from mpa_edge.runtime.prompts import Turn
 from mpa_edge.runtime.vlm import Answer, Decoding, Timings
 
 if TYPE_CHECKING:
@@ -169,8 +170,8 @@ class View:
         """See `BundleVlm.stream`."""
         if not self._open:
             raise ModelError("the view of this picture is closed")
-        prompt, decoding = self._vlm.asked(question, decoding, max_new_tokens)
-        return AnswerStream(self._vlm, lambda: self._picture, prompt, decoding)
+        turns = [Turn("user", self._vlm.put(question), picture=True)]
+        return AnswerStream(self._vlm, lambda: self._picture, turns, self._vlm.decoding(decoding, max_new_tokens))
 
     def close(self) -> None:
         """Release the picture's features. Further questions raise `ModelError`."""

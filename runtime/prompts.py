@@ -7,8 +7,11 @@ characters, not a picture, and `<end_of_utterance>` does not end the turn.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -17,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from mpa_edge.bundle import PromptSettings
-from mpa_edge.errors import BundleError
+from mpa_edge.errors import BundleError, InputError
 
 # A private-use character stands for the user's text while the template is rendered.
 SLOT = "\ue000"
@@ -44,6 +47,15 @@ def idefics3_layout(rows: int, columns: int, tile: str) -> str:
 LAYOUTS: dict[str, Layout] = {"idefics3": idefics3_layout}
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; `role` is user, assistant or system. The picture stands before the text."""
+
+    role: str
+    text: str
+    picture: bool = False
+
+
 class Prompts:
     """The prompts of one bundle. Thread-safe once built."""
 
@@ -60,22 +72,55 @@ class Prompts:
         self._tile = settings.image_token * tokens_per_tile
         self._image_token = settings.image_token
         self.image_token_id = _id_of(tokenizer, settings.image_token)
-        self._head, self._tail, self._trims = _split_template(settings)
+        self._settings = settings
+        # A template is slow to render and the same conversations come again, with other texts.
+        self._frame = lru_cache(maxsize=64)(self._render)
+        self._frame((("user", True),))
 
     def tokens(self, text: str, rows: int, columns: int) -> list[int]:
         """The token ids of one turn: a picture of rows x columns tiles (0 x 0: one tile) and the user's text."""
-        text = text.strip() if self._trims else text
+        return self.conversation([Turn("user", text, picture=True)], rows, columns)
+
+    def conversation(self, turns: Sequence[Turn], rows: int, columns: int) -> list[int]:
+        """The token ids of several turns, one of which has the picture, up to where the answer begins.
+
+        Raises `InputError` for turns that the model's template refuses.
+        """
+        try:
+            pieces, trims = self._frame(tuple((turn.role, turn.picture) for turn in turns))
+        except BundleError as error:
+            raise InputError(f"the model cannot hold this conversation: {error}") from error
+        texts = [turn.text.strip() if trim else turn.text for turn, trim in zip(turns, trims, strict=True)]
         picture = self._layout(rows, columns, self._tile)
-        head, tail = (part.replace(self._image_token, picture) for part in (self._head, self._tail))
-        ids = self._encode(head + text + tail)
-        if self._added_tokens(ids) == self._added_tokens(self._encode(head + SLOT + tail)):
+        pieces = [piece.replace(self._image_token, picture) for piece in pieces]
+        ids = self._encode(_joined(pieces, texts))
+        if self._added_tokens(ids) == self._added_tokens(self._encode(_joined(pieces, [SLOT] * len(texts)))):
             return ids
-        # The text holds, or forms with its surroundings, a special token: encode it by itself, as plain text.
-        return [*self._encode(head), *self._plain.encode(text, add_special_tokens=False).ids, *self._encode(tail)]
+        # A text holds, or forms with its surroundings, a special token: encode texts by themselves, as plain text.
+        ids = self._encode(pieces[0])
+        for text, piece in zip(texts, pieces[1:], strict=True):
+            ids += [*self._plain.encode(text, add_special_tokens=False).ids, *self._encode(piece)]
+        return ids
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer that the new tokens spell, without special tokens and outer white space."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _render(self, turns: tuple[tuple[str, bool], ...]) -> tuple[list[str], list[bool]]:
+        """The rendered template around the texts of (role, has a picture) turns, and which texts it trims."""
+        messages = [
+            {"role": role, "content": [{"type": "image"}] * picture + [{"type": "text", "text": f" {SLOT} "}]}
+            for role, picture in turns
+        ]
+        try:
+            template = _environment().from_string(self._settings.chat_template)
+            rendered = template.render(messages=messages, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise BundleError(f"the chat template cannot be rendered: {error}") from error
+        if rendered.count(SLOT) != len(turns) or rendered.count(self._image_token) != 1:
+            raise BundleError("the chat template does not hold one picture and each text once")
+        slots = re.compile(f" {SLOT} |{SLOT}")
+        return slots.split(rendered), [slot == SLOT for slot in slots.findall(rendered)]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -110,19 +155,8 @@ class TextStream:
         return piece
 
 
-def _split_template(settings: PromptSettings) -> tuple[str, str, bool]:
-    """The rendered turn before and after the user's text, and whether the template trims that text."""
-    content = [{"type": "image"}, {"type": "text", "text": f" {SLOT} "}]
-    try:
-        turn = _environment().from_string(settings.chat_template)
-        rendered = turn.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-        raise BundleError(f"the chat template cannot be rendered: {error}") from error
-    if rendered.count(SLOT) != 1 or rendered.count(settings.image_token) != 1:
-        raise BundleError("the chat template does not hold one picture and the user's text, each once")
-    trims = f" {SLOT} " not in rendered
-    head, tail = rendered.split(SLOT if trims else f" {SLOT} ")
-    return head, tail, trims
+def _joined(pieces: Sequence[str], texts: Sequence[str]) -> str:
+    return pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

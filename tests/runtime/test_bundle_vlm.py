@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.choosing import Chooser, log_probability
 from mpa_edge.runtime.engine import Features, Logits, Tiles
 from mpa_edge.runtime.look import FeatureCache
+from mpa_edge.runtime.prompts import Turn
 from mpa_edge.runtime.vlm import Decoding, Timings, Vlm
 
 
@@ -306,6 +308,33 @@ def test_a_look_says_what_it_took_and_ends_an_open_stream(
         assert "".join(view.stream("?", max_new_tokens=50)) == "one two three"
     with pytest.raises(ImageError):
         vlm.look(b"no picture")
+
+
+def test_a_conversation_holds_one_picture_and_reads_it_once(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image
+) -> None:
+    vlm = scripted(manifest, tokenizer, "red")
+    turns = [Turn("user", "Which colour?", picture=True)]
+    first = vlm.chat(image, turns).result()
+    assert first == replace(vlm.ask(image, "Which colour?"), timings=first.timings, cached_tokens=0)
+    second = vlm.chat(image, [*turns, Turn("assistant", first.text), Turn("user", "And the frame?")]).result()
+    assert second.cached_tokens > 16
+    assert second.prompt_tokens > first.prompt_tokens
+    assert vlm.chat(image, turns, raw=True).result().prompt_tokens < first.prompt_tokens
+    for wrong in ([Turn("user", "What?")], [*turns, *turns]):
+        with pytest.raises(InputError, match="picture"):
+            vlm.chat(image, wrong)
+
+
+def test_a_cancelled_stream_ends_without_an_answer(manifest: Bundle, tokenizer: Tokenizer, image: Image.Image) -> None:
+    vlm = scripted(manifest, tokenizer, "", stop=False)
+    stream = vlm.stream(image, "?", max_new_tokens=500)
+    next(stream)
+    stream.cancel()
+    assert list(stream) == []
+    assert (stream.answer, vlm._engine.place) == (None, 2)
+    with pytest.raises(ModelError, match="broke off"):
+        stream.result()
 
 
 def test_an_engine_that_cannot_go_back_reads_anew(
