@@ -274,7 +274,7 @@ def _scan(config: AlignConfig, run: RunFolder) -> tuple[list[Sample], list[Skipp
         return samples, skipped, None
     from mpa_edge.overlap import split_shared
 
-    kept, shared = split_shared(samples, config.test)
+    kept, shared = split_shared(samples, config.test, cache=run.path / ".shared.json")
     if config.keep_shared:
         return samples, skipped, len(shared)
     if not kept:

@@ -1,0 +1,170 @@
+"""Pictures that pool and test share, on the reference world, whose pictures look much alike."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import mpa_edge.overlap
+from mpa_edge.benchmarks.reference import write_pool, write_test
+from mpa_edge.datasets import scan_images
+from mpa_edge.errors import InputError
+from mpa_edge.labelled import Question
+from mpa_edge.overlap import EDGE, nearest_copies, signature_of, split_shared
+from mpa_edge.records import Sample, read_rows
+
+COUNT = 120
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool and a test that share nothing."""
+    folder = tmp_path_factory.mktemp("world")
+    write_pool(folder / "pool", COUNT)
+    write_test(folder / "test", COUNT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(world: Path) -> list[Sample]:
+    return scan_images(world / "pool")[0]
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+
+
+def scaled(image: Image.Image, factor: float) -> Image.Image:
+    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+
+
+def cropped(image: Image.Image, left: float, top: float, right: float, bottom: float) -> Image.Image:
+    width, height = image.size
+    box = (round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height))
+    return image.crop(box)
+
+
+def test_different_pictures_are_kept(world: Path, samples: list[Sample]) -> None:
+    kept, shared = split_shared(samples, world / "test" / "test.jsonl")
+    assert len(shared) <= 1
+    assert len(kept) + len(shared) == COUNT
+
+
+@pytest.mark.parametrize(
+    ("changed", "share"),
+    [
+        (lambda image: jpeg(image, 50), 0.97),
+        (lambda image: jpeg(image, 20), 0.85),
+        (lambda image: scaled(image, 0.5), 0.97),
+        (lambda image: scaled(image, 2), 0.97),
+        (lambda image: cropped(image, 0.02, 0.02, 0.02, 0.02), 0.92),
+        (lambda image: cropped(image, 0.04, 0.04, 0.04, 0.04), 0.85),
+        (lambda image: cropped(image, 0.05, 0, 0, 0), 0.85),
+        (lambda image: jpeg(scaled(cropped(image, 0.03, 0.03, 0.03, 0.03), 0.7), 70), 0.8),
+    ],
+    ids=["jpeg50", "jpeg20", "half", "double", "crop2", "crop4", "left5", "all"],
+)
+def test_changed_copies_are_found(
+    world: Path, samples: list[Sample], tmp_path: Path, changed: Callable[[Image.Image], Image.Image], share: float
+) -> None:
+    rows = [row.to_json() for row in read_rows(world / "test" / "test.jsonl", Question)]
+    for row in rows:
+        row["image"] = str(world / "test" / row["image"])
+    copied = samples[::2]
+    for number, sample in enumerate(copied):
+        changed(Image.open(sample.path).convert("RGB")).save(tmp_path / f"{number}.png")
+        rows.append({"id": f"copy-{number}", "image": str(tmp_path / f"{number}.png"), "question": "q", "answers": "a"})
+    for row in rows:  # no row may name a picture outside of the file's folder
+        row["image"] = os.path.relpath(row["image"], world.parent)
+        row["answers"] = list(row["answers"])
+    path = world.parent / f"{tmp_path.name}.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    _, shared = split_shared(samples, path)
+    named = {item.path: Path(item.detail.removeprefix("a near-duplicate of ").split(" (")[0]) for item in shared}
+    right = [named.get(sample.path) == tmp_path / f"{number}.png" for number, sample in enumerate(copied)]
+    assert np.mean(right) >= share
+    assert {item.reason for item in shared} == {"in_test"}
+    assert len(shared) <= len(copied) + 3
+
+
+def test_equal_files_are_found_whatever_they_show(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30), "white").save(tmp_path / "white.png")
+    Image.new("RGB", (31, 31), "white").save(tmp_path / "other.png")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "t.png").write_bytes((tmp_path / "white.png").read_bytes())
+    (tmp_path / "test" / "broken.png").write_bytes(b"broken")
+    rows = [{"imgname": name, "query": "q", "label": "a"} for name in ("t.png", "broken.png", "gone.png", "t.png")]
+    (tmp_path / "test" / "t.json").write_text(json.dumps(rows))
+    samples, _ = scan_images(f"{tmp_path}/*.png")
+    kept, shared = split_shared(samples, tmp_path / "test" / "t.json")
+    assert [Path(sample.path).name for sample in kept] == ["other.png"]
+    assert shared[0].detail == f"the same file as {tmp_path / 'test' / 't.png'}"
+
+
+def test_a_table_as_test(world: Path, samples: list[Sample], tmp_path: Path) -> None:
+    cells = [Path(sample.path).read_bytes() for sample in samples[:3]]
+    pq.write_table(pa.table({"image": [*cells, None, b"broken"]}), tmp_path / "t.parquet")  # questions are not needed
+    kept, shared = split_shared(samples[:5], tmp_path / "t.parquet")
+    assert kept == samples[3:5]
+    assert [item.detail for item in shared] == [f"the same file as {tmp_path}/t.parquet:{n}" for n in (1, 2, 3)]
+
+
+def test_a_picture_that_is_in_the_test_many_times(world: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """Copies in the test lie near to each other too: a distance next to nothing needs no comparison."""
+    image = Image.effect_noise((12, 9), 80).resize((400, 300), Image.Resampling.BICUBIC).convert("RGB")
+    (tmp_path / "pool").mkdir()
+    image.save(tmp_path / "pool" / "p.png")
+    for number in range(4):
+        scaled(image, 0.9 - number / 10).save(tmp_path / f"{number}.png")
+    rows = [{"imgname": f"{number}.png", "query": "q", "label": "a"} for number in range(4)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    assert split_shared(scan_images(tmp_path / "pool")[0], tmp_path / "t.json")[0] == []
+
+
+def test_the_outcome_is_remembered(
+    world: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, test = tmp_path / "shared.json", world / "test" / "test.jsonl"
+    some = samples[:40]
+    first = split_shared(some, test, cache=cache)
+    monkeypatch.setattr(mpa_edge.overlap, "nearest_copies", None)
+    assert split_shared(some, test, cache=cache) == first
+    with pytest.raises(TypeError):
+        split_shared(samples[:41], test, cache=cache)
+    cache.write_text("{}")
+    with pytest.raises(TypeError):
+        split_shared(some, test, cache=cache)
+
+
+def test_a_test_that_cannot_be_read(samples: list[Sample], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none.jsonl: cannot be read"):
+        split_shared(samples, tmp_path / "none.jsonl")
+
+
+def test_a_rotated_photo_is_seen_upright(tmp_path: Path) -> None:
+    image = Image.effect_noise((64, 32), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    turned, upright = (signature_of(tmp_path / name) for name in ("turned.png", "upright.png"))
+    assert turned is not None
+    assert np.array_equal(turned, upright)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_tests_of_few_pictures(count: int) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (4, EDGE, EDGE, 3)).astype(np.uint8)
+    found = nearest_copies(pictures, pictures[:count])
+    assert [place for place, _ in found] == [*range(count), *[None] * (4 - count)]
