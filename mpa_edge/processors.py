@@ -14,6 +14,7 @@ from typing import Any
 from mpa_edge.errors import InputError
 from mpa_edge.records import write_atomic
 
+VIDEOS = "video_processor"
 # Where a model folder keeps its image processor's settings: a file, and the key under which they lie there.
 SETTINGS = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
 
@@ -23,9 +24,14 @@ def load_processor(spec: str | Path, longest_edge: int | None = None) -> Any:
 
     `longest_edge` changes how large the model sees pictures, see `limit`.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    processor = AutoProcessor.from_pretrained(spec, backend="pil")
+    known = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(spec)), AutoProcessor)
+    if known is not AutoProcessor and VIDEOS in known.get_attributes():
+        processor = _without_videos(known).from_pretrained(spec, backend="pil", **{VIDEOS: None})
+    else:
+        processor = AutoProcessor.from_pretrained(spec, backend="pil")
     if longest_edge is not None:
         limit(processor.image_processor, longest_edge)
     return processor
@@ -65,3 +71,10 @@ def save_limit(folder: Path, images: Any) -> None:
             settings.pop(old, None)
         settings["size"] = {name: edge for name, edge in edges.items() if edge is not None}
         write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _without_videos(processor: Any) -> Any:
+    """A processor class that loads no part for videos: transformers (5.23) has them for torchvision only, and refuses
+    to load the others with `backend="pil"`, or at all where torchvision is not installed."""
+    parts = [part for part in processor.get_attributes() if part != VIDEOS]
+    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda _: parts)})

@@ -126,10 +126,10 @@ def make_idefics3(
     return folder
 
 
-def make_qwen2_vl(seed: int = 0) -> tuple[Any, Any]:
-    """A random Qwen2-VL. Its processor lacks the part for videos, which cannot be loaded without torchvision."""
+def make_qwen2_vl(folder: Path, *, seed: int = 0) -> Path:
+    """Write a random Qwen2-VL with the files of its processor; returns the folder."""
     import torch
-    from transformers import ProcessorMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     tokens = {
@@ -141,12 +141,6 @@ def make_qwen2_vl(seed: int = 0) -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", *tokens.values()]})
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
-
-    class ImagesOnly(Qwen2VLProcessor):
-        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
-            self.image_token, self.image_token_id = tokens["image_token"], ids["image_token_id"]
-            self.video_token, self.video_token_id = tokens["video_token"], ids["video_token_id"]
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     images = Qwen2VLImageProcessorPil(
         patch_size=8, merge_size=2, size={"shortest_edge": 4 * 16 * 16, "longest_edge": 36 * 16 * 16}
@@ -182,7 +176,11 @@ def make_qwen2_vl(seed: int = 0) -> tuple[Any, Any]:
         for parameter in model.parameters():
             parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.05)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model, ImagesOnly(images, tokenizer, QWEN_TEMPLATE)
+    model.save_pretrained(folder)
+    images.save_pretrained(folder)
+    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -198,9 +196,9 @@ def tiny_one_tile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2_vl() -> tuple[Any, Any]:
-    """A random Qwen2-VL with its processor: pictures of 4 to 36 image tokens, positions in three axes."""
-    return make_qwen2_vl()
+def tiny_qwen2_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2-VL: pictures of 4 to 36 image tokens, positions in three axes."""
+    return make_qwen2_vl(tmp_path_factory.mktemp("tiny") / "tiny-qwen2-vl")
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,11 @@ SIZES = [(100, 100), (180, 60), (64, 64), (60, 190), (120, 100)]
 PROMPTS = ["What?", "How many <image> are there in it?", "Say.", "Which bar is the highest of all?", "?"]
 
 
-@pytest.fixture(scope="module", params=["idefics3", "qwen2_vl"])
+@pytest.fixture(scope="module", params=["tiny_idefics3", "tiny_qwen2_vl"])
 def loaded(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A model and its processor: tiles and plain positions, or patches of any grid and positions in three axes."""
     torch.set_num_threads(1)
-    if request.param == "qwen2_vl":
-        return tuple(request.getfixturevalue("tiny_qwen2_vl"))
-    vlm = TransformersVlm.load(str(request.getfixturevalue("tiny_idefics3")), device="cpu")
+    vlm = TransformersVlm.load(str(request.getfixturevalue(request.param)), device="cpu")
     return vlm.model, vlm.processor
 
 

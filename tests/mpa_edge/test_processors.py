@@ -35,24 +35,26 @@ def test_the_model_is_asked_and_described_with_it(tiny_idefics3: Path, picture: 
     assert all(b.error is None and b.prompt_tokens < a.prompt_tokens / 5 for a, b in zip(many, few, strict=True))
 
 
-def test_pixels_are_limited_where_a_family_counts_them(tiny_qwen2_vl: Any, picture: Callable[..., Any]) -> None:
-    images = tiny_qwen2_vl[1].image_processor
-    before = images.size
+def test_pixels_are_limited_where_a_family_counts_them(tiny_qwen2_vl: Path, picture: Callable[..., Any]) -> None:
+    def seen(longest_edge: int | None) -> tuple[dict[str, int], int]:
+        images = load_processor(tiny_qwen2_vl, longest_edge).image_processor
+        grid = images([picture(300, 300)], return_tensors="pt")["image_grid_thw"]
+        edges = {"shortest": images.size.shortest_edge, "longest": images.size.longest_edge}
+        return edges, int(grid.prod()) // images.merge_size**2
 
-    def tokens() -> int:
-        return int(images([picture(300, 300)], return_tensors="pt")["image_grid_thw"].prod()) // images.merge_size**2
+    assert seen(None) == ({"shortest": 1024, "longest": 9216}, 36)
+    assert seen(48) == ({"shortest": 1024, "longest": 48 * 48}, 9)
+    # Fewer than the least that the processor was set to: that goes down too.
+    assert seen(16) == ({"shortest": 256, "longest": 256}, 1)
 
-    try:
-        assert tokens() == 36
-        limit(images, 48)
-        assert (images.size.shortest_edge, images.size.longest_edge) == (1024, 48 * 48)
-        assert tokens() == 9
-        # Fewer than the least that the processor was set to: that goes down too.
-        limit(images, 16)
-        assert (images.size.shortest_edge, images.size.longest_edge) == (256, 256)
-        assert tokens() == 1
-    finally:
-        images.size = before
+
+def test_a_family_with_videos_is_loaded_without_them(tiny_qwen2_vl: Path, tmp_path: Path) -> None:
+    """transformers loads them with torchvision only, and then refuses Pillow's pictures."""
+    processor = load_processor(tiny_qwen2_vl)
+    assert type(processor.image_processor).__name__ == "Qwen2VLImageProcessorPil"
+    assert processor.chat_template
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["processor_class"] == "Qwen2VLProcessor"
 
 
 def test_a_processor_of_one_size_has_no_limit() -> None:
