@@ -137,7 +137,6 @@ class ChatVlm:
         end. After an error that ends the call, nothing new is sent; requests on their way are waited for."""
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} pictures and {len(prompts)} prompts")
-        self._stopped.clear()
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="chat") as pool:
             futures = [pool.submit(self._ask, *pair, decoding) for pair in zip(images, prompts, strict=True)]
             try:
@@ -147,8 +146,10 @@ class ChatVlm:
                 return [future.result() for future in futures]
             except BaseException:  # Ctrl-C too
                 self._stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 raise
+            finally:
+                self._stopped.clear()
 
     def describe(self) -> dict[str, Any]:
         """As `Vlm.describe`. The port is left out: a server may come back on another one."""
@@ -172,6 +173,8 @@ class ChatVlm:
             answer = self._failure(error)
         except ValueError:
             answer = failed("the server's reply is no JSON")
+        except Halt as halt:
+            raise (halt.error or halt) from None
         else:
             self._failed = 0
         text = answer.error and self._clean(answer.error)
@@ -180,18 +183,16 @@ class ChatVlm:
     def _count(self, request: Any) -> None:
         """Called before each attempt."""
         if self._stopped.is_set():
-            raise Stopped
+            raise Halt
         if request.method != "POST":
             return
         with self._lock:
             if self.max_requests is not None and self.sent >= self.max_requests:
-                raise BudgetSpent(self.max_requests)
+                raise Halt(BudgetSpent(self.max_requests))
             self.sent += 1
 
     def _failure(self, error: openai.APIError) -> Answer:
         """What came of a request that failed for good: an answer that says why, or an error that ends the run."""
-        if isinstance(error.__cause__, (BudgetSpent, Stopped)):  # clients before 3.0 wrap what a hook raises
-            raise error.__cause__
         reason = self._reason(error)
         status = getattr(error, "status_code", None)
         if status in CURES and not (status == 403 and MODERATED.search(reason)):
@@ -237,8 +238,13 @@ class ChatVlm:
         return re.sub(r"\s+", " ", text)[:300].strip(" .")
 
 
-class Stopped(Exception):
-    """Another request of the same call has ended it."""
+class Halt(BaseException):
+    """Nothing more is to be sent, because of the error given, or of another request's of the same call. No `Exception`:
+    older clients take those for a lost connection, and try again."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def _only(served: list[str] | None, url: str) -> str:
