@@ -24,6 +24,7 @@ from mpa_edge.tasks import task_named
 from mpa_edge.training_set import RoundCounts, Scanned, TrainingSetMaker, describe, stage_name
 
 if TYPE_CHECKING:
+    from mpa_edge.ranks import Ranks
     from mpa_edge.transformers_vlm import TransformersVlm
 
 # What the last stage needs is asked for before the first one starts.
@@ -94,11 +95,10 @@ def align(config: AlignConfig) -> AlignResult:
     run's folder, `FingerprintMismatch` when that holds what other settings or models were asked, and `RunError` when
     the models leave too little to train on.
     """
-    require("align", LIBRARIES)
+    _meet(config)
     task_named(config.task)
-    _check_student(config.student)
     with RunFolder(config.run).lock():
-        student = open_vlm(config.student, **_options(config, longest_edge=config.longest_edge))
+        student = _open_student(config, config.student)
         teacher = open_vlm(
             config.teacher,
             **_options(config, longest_edge=config.teacher_longest_edge),
@@ -115,6 +115,33 @@ def align_models(config: AlignConfig, teacher: Vlm, student: Vlm, *, asked: Vlm 
     `asked` is asked in its place: the bundle of `config.ask`, or anything that answers as the student does."""
     with RunFolder(config.run).lock():
         return _align(config, teacher, student, asked)
+
+
+def help_to_train(config: AlignConfig) -> None:
+    """What all processes but the main one do, where several were started: their share of each round's training, in the
+    run folder of the main one."""
+    from mpa_edge.level import level
+    from mpa_edge.training_data import read_examples
+
+    ranks, run = _meet(config), RunFolder(config.run)
+    student = _trainable(_open_student(config, config.student), config)
+    start: Path | None = None
+    for number in range(1, config.rounds + 1):
+        ranks.wait()  # until the main process has chosen the rows
+        folder = run.round(number, config.rounds)
+        level(student, read_examples(folder.parity), folder.student, config, start=start)
+        start = folder.student
+
+
+def _meet(config: AlignConfig) -> Ranks:
+    """Refuse what cannot be trained before anything is loaded, and meet the other processes, if there are any."""
+    require("align", LIBRARIES)
+    from mpa_edge.methods import refuse_untrainable
+    from mpa_edge.ranks import Ranks
+
+    _check_student(config.student)
+    refuse_untrainable(config)
+    return Ranks.of(config.device)
 
 
 def _align(config: AlignConfig, teacher: Vlm, student: Vlm, asked: Vlm | None, *, close: bool = False) -> AlignResult:
@@ -142,7 +169,7 @@ def _align(config: AlignConfig, teacher: Vlm, student: Vlm, asked: Vlm | None, *
 def _ask_again(config: AlignConfig, maker: TrainingSetMaker, number: int) -> None:
     """Ask the student as the round before left it, read from its files: whoever trained it, and in which process."""
     folder = maker.round(number - 1).student
-    student = open_vlm(str(folder), **_options(config, longest_edge=config.longest_edge))
+    student = _open_student(config, str(folder))
     try:
         maker.ask_again(number, student, digest_of_trained(folder))
     finally:
@@ -153,6 +180,7 @@ def _level(
     config: AlignConfig, maker: TrainingSetMaker, number: int, student: TransformersVlm, result: AlignResult
 ) -> dict[str, Any]:
     from mpa_edge.level import MINIMUM, level, steps_of
+    from mpa_edge.ranks import Ranks
     from mpa_edge.training_data import read_examples
 
     folder = maker.round(number)
@@ -160,6 +188,7 @@ def _level(
     if len(examples) < MINIMUM:
         raise RunError(_too_few(result, len(examples), MINIMUM))
     start = maker.round(number - 1).student if number > 1 else None
+    Ranks.of(config.device).wait()
 
     def train() -> dict[str, Any]:
         with progress(stage_name("level", number), steps_of(examples, config)) as advance:
@@ -214,8 +243,10 @@ def _too_few(result: AlignResult, rows: int, needed: int) -> str:
     """Why there is nothing to train on, with the cure that fits."""
     if result.annotations == sum(result.rejected.values()):
         cure = "No annotation could be used: look at the teacher's texts in the audit page."
-    elif not result.verdicts.get("parity") and result.verdicts.get("agree"):
+    elif not result.earlier and not result.verdicts.get("parity") and result.verdicts.get("agree"):
         cure = "The student already gives the teacher's answers on these pictures."
+    elif result.earlier:
+        cure = f"The rounds before this one are kept: use --rounds {len(result.earlier)}."
     else:
         cure = "Use more pictures, or more questions per picture (--questions)."
     return (
@@ -231,6 +262,11 @@ def _check_student(spec: str) -> None:
         raise InputError(
             f"--student {spec}: is an adapter. Merge it first; mpa-edge export keeps the model in RUN/merged."
         )
+
+
+def _open_student(config: AlignConfig, spec: str) -> Vlm:
+    options = _options(config, longest_edge=config.longest_edge)
+    return open_vlm(spec, **options, four_bit=config.method == "qlora")
 
 
 def _options(config: AlignConfig, *, longest_edge: int | None) -> dict[str, Any]:
@@ -254,13 +290,17 @@ def _trainable(student: Vlm, config: AlignConfig) -> TransformersVlm:
 
 
 def _round_lines(counts: RoundCounts, metrics: dict[str, Any]) -> list[str]:
+    from mpa_edge.trainable import in_words
+
     before, best = metrics["before"], metrics["best"]
+    dropped = f"; {len(metrics['dropped'])} dropped (see metrics.json)" if metrics["dropped"] else ""
     collapsed = f"; {counts.collapsed} collapsed" if counts.collapsed else ""
     return [
         f"verdicts     {_listed(counts.verdicts) or 'none'}",
-        f"training     {sum(counts.training.values())} rows ({_listed(counts.training)}){collapsed}",
+        f"training     {sum(counts.training.values())} rows ({_listed(counts.training)}){collapsed}{dropped}",
         f"held out     {before['holdout_exact']:.1%} -> {best['holdout_exact']:.1%} right to the letter "
         f"(epoch {metrics['best_epoch']}, {metrics['examples']['holdout']} rows)",
+        f"trained      {in_words(metrics['parameters'])}",
     ]
 
 

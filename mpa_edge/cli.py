@@ -15,6 +15,7 @@ from mpa_edge import __version__
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import MpaEdgeError
 from mpa_edge.options import given, options_of
+from mpa_edge.ranks import is_main
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,10 +82,14 @@ def align(
             from mpa_edge.plan import plan_align
 
             typer.echo(plan_align(config).summary())
-        else:
+        elif is_main():
             from mpa_edge.align import align as run_align
 
             typer.echo(run_align(config).summary())
+        else:
+            from mpa_edge.align import help_to_train
+
+            help_to_train(config)
 
 
 @app.command(

@@ -78,7 +78,7 @@ def level(
     ranks.wait()
     metrics = folder / METRICS
     if metrics.exists():
-        make_trainable(student, config, folder, start=folder)
+        make_trainable(student, config, folder, start=folder).close()
     else:
         _Training(student, examples, folder, config, rate, start, ranks).run(advance)
     ranks.wait()

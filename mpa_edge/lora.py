@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,7 @@ class Adapter:
         """A new adapter, which changes no answer yet, or that of the folder `start`; one that is on the model already
         is taken off first. `folder` is where it will be saved."""
         remove_adapter(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft calls names that transformers has deprecated
+        with no_future_warnings():
             if start is None:
                 self._peft: Any = get_peft_model(model, _settings(model, config))
             else:
@@ -52,6 +53,14 @@ class Adapter:
         settings = self._peft.peft_config["default"]
         settings.inference_mode = True
         settings.save_pretrained(str(folder))
+
+
+@contextmanager
+def no_future_warnings() -> Iterator[None]:
+    """peft uses names that transformers has deprecated; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def remove_adapter(model: Any) -> None:

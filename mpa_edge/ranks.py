@@ -41,6 +41,13 @@ class Ranks:
             self._state = PartialState(cpu=cpu, timeout=PATIENCE)
             self.count, self.number = self._state.num_processes, self._state.process_index
 
+    @classmethod
+    def of(cls, device: str) -> Ranks:
+        """With the setting `--device`."""
+        import torch
+
+        return cls(cpu=device == "cpu" or not torch.cuda.is_available())
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self._state is not None:

@@ -333,8 +333,11 @@ def _image_settings(processor: Any) -> dict[str, Any]:
 def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
+    from mpa_edge.lora import no_future_warnings
+
     # peft changes the model's layers in place; the model itself keeps its own methods.
-    return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    with no_future_warnings():
+        return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
 
 
 def _name_of(spec: str) -> str:
