@@ -7,6 +7,7 @@
     annotations/        stage.json + part-00000.jsonl …
     cases/              stage.json + part-00000.jsonl …
     parity.jsonl        the training set
+    parity.llava.json   the same for other trainers (--save-as), and parity.sharegpt.json with dataset_info.json
     audit.html          what was kept and what was dropped, with the pictures
     student/            the adapter with its metrics
 
@@ -40,6 +41,7 @@ LOCK = ".lock"
 DERIVED = (
     *("samples.jsonl", "skipped.jsonl", "annotations", "cases", "collapsed.jsonl", "parity.jsonl", "student"),
     *("audit.html", "merged", "merged.json", "bundles"),
+    *("parity.llava.json", "parity.sharegpt.json", "dataset_info.json"),
 )
 RUN = "run.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pillow")
@@ -107,9 +109,9 @@ class RunFolder(RoundFolder):
         """The teacher's pseudo-annotations, in parts."""
         return self.path / "annotations"
 
-    def round(self, number: int) -> RoundFolder:
-        """The folder of a round, from 1, that is not the last one."""
-        return RoundFolder(self.path, f"-round-{number}")
+    def round(self, number: int, of: int | None = None) -> RoundFolder:
+        """The folder of round `number`, from 1, of so many; without `of`, of one that is not the last."""
+        return self if number == of else RoundFolder(self.path, f"-round-{number}")
 
     @property
     def audit(self) -> Path:
@@ -141,7 +143,7 @@ class RunFolder(RoundFolder):
         for name in (*DERIVED, RUN):
             delete(self.path / name)
         for path in self.path.glob("*-round-*"):
-            if re.fullmatch(r"(cases|collapsed|parity|student)-round-\d+(\.jsonl)?", path.name):
+            if re.fullmatch(r"(cases|collapsed|parity|student)-round-\d+((\.llava|\.sharegpt)?\.jsonl?)?", path.name):
                 delete(path)
 
 

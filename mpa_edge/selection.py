@@ -15,6 +15,7 @@ import heapq
 import os
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,11 @@ NEVER = ("error", "blind")
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of each case, by its place."""
+    """What became of each case, by its place, and how many have each verdict."""
 
     chosen: bytearray
     collapsed: bytearray
+    verdicts: dict[str, int]
 
 
 def choose(
@@ -76,7 +78,7 @@ def choose(
     marks = bytearray(len(verdicts))
     for place in chosen:
         marks[place] = 1
-    return Choice(marks, over)
+    return Choice(marks, over, dict(sorted(Counter(verdicts).items())))
 
 
 def drawn(items: Sequence[Item], count: int, seed: int, *, key: Callable[[Item], str]) -> list[Item]:

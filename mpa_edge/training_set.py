@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mpa_edge.annotate import Annotator
+from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import Skipped, scan_images
 from mpa_edge.errors import FingerprintMismatch, InputError
@@ -24,13 +26,17 @@ from mpa_edge.identify import Identifier, Reidentifier
 from mpa_edge.parts import Parts, compare_fingerprints, digest_of_stage, open_parts, read_parts
 from mpa_edge.progress import counting, progress, say
 from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
+from mpa_edge.remember import remembered
 from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, delete, read_run
 from mpa_edge.runtime.vlm import Vlm
+from mpa_edge.saving import save_for_trainers
 from mpa_edge.selection import Choice, choose, training_row
 from mpa_edge.tasks import task_named
 
 # One question with one answer may make up this share of a run's questions; rarer ones are never too many.
 PAIR_SHARE = 0.05
+# Raise it when what becomes training data changes: what was chosen by older rules is chosen anew.
+RULES = 1
 # Settings that shape the annotations and cases: what it took hours to ask is not asked again unawares. All others shape
 # later stages, which are redone, or none.
 SHAPING = ("limit", "seed", "questions", "temperature", "match", "votes", "blind", "chunk_size")
@@ -146,12 +152,12 @@ class TrainingSetMaker:
             for number, samples in enumerate(self._chunks()):
                 self._ask_part(number, samples, annotator, annotations, identifier, cases)
                 advance(len(samples))
-        total, rejected = 0, Counter[str]()
-        for rows in annotations:
-            total += len(rows)
-            rejected.update(row.reason for row in rows if row.reason is not None)
-        self.log.note("annotate", rows=total, rejected=dict(sorted(rejected.items())))
-        return total, dict(sorted(rejected.items()))
+        rejected: dict[str, int]
+        total, rejected = remembered(
+            self._run.path / ".annotations.json", digest_of_stage(annotations.folder), lambda: _rejected(annotations)
+        )
+        self.log.note("annotate", rows=total, rejected=rejected)
+        return total, rejected
 
     def _ask_part(
         self,
@@ -195,24 +201,39 @@ class TrainingSetMaker:
     def select(self, number: int) -> RoundCounts:
         """Write the training set of round `number`, from 1."""
         config, folder = self._config, self.round(number)
-        verdicts = count_by(case.verdict for case in read_parts(folder.cases, Case))
-        self.log.note(stage_name("identify", number), rows=sum(verdicts.values()), verdicts=verdicts)
-        with self.log.stage(stage_name("select", number)) as facts:
-            choice = choose(
-                read_parts(folder.cases, Case),
-                config.select,
-                mix=config.mix,
-                seed=config.seed,
-                question_share=config.question_share,
-                pair_share=PAIR_SHARE,
-            )
-            training: Counter[str] = Counter()
-            write_rows(folder.parity, self._training_rows(folder, choice, training))
-            ids = (case.id for case, over in zip(read_parts(folder.cases, Case), choice.collapsed, strict=True) if over)
-            collapsed = write_rows(folder.collapsed, ({"id": name} for name in ids))
-            counts = RoundCounts(verdicts, collapsed, dict(sorted(training.items())))
-            facts |= {"rows": sum(training.values()), "verdicts": counts.training, "collapsed": collapsed}
+        shaping = ("select", "mix", "seed", "question_share", "target")
+        key = {
+            "rules": RULES,
+            "cases": digest_of_stage(folder.cases),
+            "pictures": [sha256_of(self._run.samples), self._relative()],
+            "task": self._task.to_json(),
+            **{name: getattr(config, name) for name in shaping},
+        }
+        note = self._run.path / f".{folder.parity.stem}.json"
+        with self.log.clock(stage_name("select", number)):
+            found = remembered(note, key, lambda: asdict(self._select(folder)), folder.parity, folder.collapsed)
+            counts = RoundCounts(**found)
+            save_for_trainers(folder.parity, config.save_as)
+        rows, kept = sum(counts.verdicts.values()), sum(counts.training.values())
+        self.log.note(stage_name("identify", number), rows=rows, verdicts=counts.verdicts)
+        self.log.note(stage_name("select", number), rows=kept, verdicts=counts.training, collapsed=counts.collapsed)
         return counts
+
+    def _select(self, folder: RoundFolder) -> RoundCounts:
+        config = self._config
+        choice = choose(
+            read_parts(folder.cases, Case),
+            config.select,
+            mix=config.mix,
+            seed=config.seed,
+            question_share=config.question_share,
+            pair_share=PAIR_SHARE,
+        )
+        training: Counter[str] = Counter()
+        write_rows(folder.parity, self._training_rows(folder, choice, training))
+        ids = (case.id for case, over in zip(read_parts(folder.cases, Case), choice.collapsed, strict=True) if over)
+        collapsed = write_rows(folder.collapsed, ({"id": name} for name in ids) if any(choice.collapsed) else ())
+        return RoundCounts(choice.verdicts, collapsed, dict(sorted(training.items())))
 
     def _training_rows(self, folder: RoundFolder, choice: Choice, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         place, home = 0, folder.path.resolve()
@@ -232,7 +253,12 @@ class TrainingSetMaker:
 
     def round(self, number: int) -> RoundFolder:
         """The folder of a round, from 1."""
-        return self._run if number == self._config.rounds else self._run.round(number)
+        return self._run.round(number, self._config.rounds)
+
+    def _relative(self) -> str:
+        """How the pictures lie to the run: rows of the training set name them so."""
+        first = next(read_rows(self._run.samples, Sample))
+        return os.path.relpath(first.path, self._run.path.resolve())
 
     @property
     def _parts(self) -> int:
@@ -251,6 +277,15 @@ def stage_name(name: str, number: int) -> str:
 def count_by(values: Iterable[str | None]) -> dict[str, int]:
     """How often each value comes, None aside, sorted by value."""
     return dict(sorted(Counter(value for value in values if value is not None).items()))
+
+
+def _rejected(annotations: Parts[Annotation]) -> tuple[int, dict[str, int]]:
+    """The number of annotations, and those rejected by reason."""
+    total, rejected = 0, Counter[str]()
+    for rows in annotations:
+        total += len(rows)
+        rejected.update(row.reason for row in rows if row.reason is not None)
+    return total, dict(sorted(rejected.items()))
 
 
 def _fill_again(

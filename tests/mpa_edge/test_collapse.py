@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
-from mpa_edge.collapse import collapse, question_key
+from mpa_edge.collapse import collapsed, keys_of, mark_duplicates, question_key
 from mpa_edge.records import Annotation
 
 
@@ -39,25 +37,25 @@ def test_a_question_counts_once_per_picture() -> None:
         row(3, "a", "How many?", reason="no_answer"),
         row(4, "a", "How many?"),
     ]
-    assert [item.reason for item in collapse(rows)] == [None, None, "duplicate", "no_answer", None]
-    assert [item.id for item in collapse(rows)] == ["0", "1", "2", "3", "4"]
+    assert [item.reason for item in mark_duplicates(rows)] == [None, None, "duplicate", "no_answer", None]
+    assert [item.id for item in mark_duplicates(rows)] == ["0", "1", "2", "3", "4"]
+
+
+def test_keys_are_those_of_near_duplicates() -> None:
+    one = keys_of("What colour is the sign?", "Red")
+    assert keys_of("What is the colour of that sign", "the red.") == one
+    other = keys_of("What colour is the sign?", "blue")
+    assert other[0] == one[0]
+    assert other[1] != one[1]
 
 
 def test_repeated_questions_are_capped_only_when_asked() -> None:
-    rows = [
-        row(number, f"{number}", "What time is it?", "10:10" if number % 2 else f"{number}") for number in range(200)
-    ]
-    assert all(item.reason is None for item in collapse(rows))
-    by_pair = Counter(item.reason for item in collapse(rows, max_pair_share=0.2))
-    assert by_pair == {None: 140, "collapsed": 60}  # 40 of the 100 with the answer 10:10 stay
-    by_question = collapse(rows, max_question_share=0.25)
-    assert [item.reason for item in by_question] == [None] * 50 + ["collapsed"] * 150
-    assert Counter(item.reason for item in collapse(rows, max_question_share=0.01)) == {None: 20, "collapsed": 180}
-
-
-def test_the_share_is_that_of_the_usable_rows() -> None:
-    rows = [row(number, f"{number}", "What time is it?") for number in range(50)]
-    rejected = [row(number, f"{number}", "", reason="no_question") for number in range(50, 1000)]
-    kept = collapse([*rows, *rejected], max_question_share=0.5, at_least=1)
-    assert sum(item.reason is None for item in kept) == 25
-    assert collapse(kept, max_question_share=1.0) == kept
+    keys = [keys_of("What time is it?", "10:10" if number % 2 else f"{number}") for number in range(200)]
+    questions, pairs = [question for question, _ in keys], [pair for _, pair in keys]
+    assert sum(collapsed(questions, pairs)) == 0
+    assert sum(collapsed(questions, pairs, pair_share=0.2)) == 60  # 40 of the 100 with the answer 10:10 stay
+    assert list(collapsed(questions, pairs, question_share=0.25)) == [0] * 50 + [1] * 150
+    assert sum(collapsed(questions, pairs, question_share=0.01)) == 180
+    assert sum(collapsed(questions, pairs, question_share=0.01, at_least=1)) == 198
+    # One that is dropped for its question takes no room of its answer's.
+    assert sum(collapsed(questions, pairs, question_share=0.25, pair_share=0.2)) == 150

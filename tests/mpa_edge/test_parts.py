@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError, RunLocked
-from mpa_edge.parts import digest_of_rows, open_stage, part_path, read_parts, run_parts, sweep
-from mpa_edge.records import Sample
-from mpa_edge.run_folder import RunFolder
+from mpa_edge.parts import ATTEMPTS, Parts, digest_of_stage, open_parts, open_stage, read_parts, sweep
+from mpa_edge.records import Annotation, Sample
+from mpa_edge.run_folder import RunFolder, set_aside
 
 ROWS = [Sample(f"s{number}", f"{number}.png", "0" * 64) for number in range(10)]
-
-
-def double(rows: list[Sample]) -> list[Sample]:
-    return [Sample(f"{row.id}-{copy}", row.path, row.sha256) for row in rows for copy in range(2)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_rows_come_back_in_order(tmp_path: Path) -> None:
-    run_parts(tmp_path / "s", ROWS, double, {"a": 1}, chunk_size=4)
-    assert [row.id for row in read_parts(tmp_path / "s", Sample)] == [f"s{n}-{c}" for n in range(10) for c in range(2)]
+def fill(folder: Path, settings: dict[str, Any] | None = None, size: int = 4) -> Parts[Sample]:
+    """A stage that copies its input."""
+    count = -(-len(ROWS) // size)
+    parts = open_parts(folder, Sample, settings or {}, count)
+    for number in range(count):
+        parts.fill(number, lambda known, number=number: ROWS[number * size : (number + 1) * size])
+    return parts
+
+
+def test_rows_come_back_in_order_and_part_by_part(tmp_path: Path) -> None:
+    parts = fill(tmp_path / "s")
+    assert list(read_parts(tmp_path / "s", Sample)) == ROWS
+    assert [len(rows) for rows in parts] == [4, 4, 2]
+    assert parts.read(2) == ROWS[8:]
     assert sorted(contents(tmp_path / "s")) == [
         "part-00000.jsonl",
         "part-00001.jsonl",
@@ -38,25 +45,64 @@ def test_rows_come_back_in_order(tmp_path: Path) -> None:
     ]
 
 
-def test_resume_runs_the_missing_parts_only(tmp_path: Path) -> None:
-    calls: list[int] = []
+def test_resume_fills_the_missing_parts_only(tmp_path: Path) -> None:
+    parts = open_parts(tmp_path / "s", Sample, {}, 3)
+    parts.fill(0, lambda known: ROWS[:4])
 
-    def dies_at_second(rows: list[Sample]) -> list[Sample]:
-        calls.append(len(rows))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return double(rows)
+    def killed(known: list[Sample]) -> list[Sample]:
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_parts(tmp_path / "s", ROWS, dies_at_second, {}, chunk_size=4)
+        parts.fill(1, killed)
     with pytest.raises(RunError, match=r"part-00001\.jsonl is missing"):
         list(read_parts(tmp_path / "s", Sample))
-    done: list[int] = []
-    run_parts(tmp_path / "s", ROWS, dies_at_second, {}, chunk_size=4, advance=done.append)
-    assert calls == [4, 4, 4, 2]
-    assert done == [4, 4, 2]
-    run_parts(tmp_path / "whole", ROWS, double, {}, chunk_size=4)
+    assert [parts.due(number) for number in range(3)] == [False, True, True]
+    parts.fill(0, killed)  # is there, and not made again
+    fill(tmp_path / "s")
+    fill(tmp_path / "whole")
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def annotation(number: int, reason: str | None = None) -> Annotation:
+    return Annotation(f"a{number}", f"s{number}", "What?", "x", "", reason)
+
+
+def test_failed_rows_are_asked_again_and_others_are_not(tmp_path: Path) -> None:
+    good, failed, rejected = annotation(0), annotation(1, "teacher_error"), annotation(2, "no_question")
+    parts = open_parts(tmp_path, Annotation, {}, 1)
+    parts.fill(0, lambda known: [good, failed, rejected])
+    assert parts.due(0)
+    given: list[list[Annotation]] = []
+
+    def repaired(known: list[Annotation]) -> list[Annotation]:
+        given.append(known)
+        return [good, annotation(1), rejected]
+
+    parts.fill(0, repaired)
+    parts.fill(0, repaired)
+    assert given == [[good, failed, rejected]]
+    assert not parts.due(0)
+    assert sorted(contents(tmp_path)) == ["part-00000.jsonl", "stage.json"]
+
+
+def test_what_fails_again_and_again_is_left_so(tmp_path: Path) -> None:
+    parts = open_parts(tmp_path, Annotation, {}, 1)
+    calls = []
+    for _ in range(ATTEMPTS + 3):
+        parts.fill(0, lambda known: calls.append(1) or [annotation(1, "teacher_error")])
+    assert len(calls) == ATTEMPTS
+    assert not parts.due(0)
+
+
+def test_a_part_is_due_when_its_input_will_change(tmp_path: Path) -> None:
+    parts = fill(tmp_path)
+    parts.reopen(1)
+    assert [parts.due(number) for number in range(3)] == [False, True, False]
+    parts.fill(1, lambda known: known)
+    assert not parts.due(1)
+    fresh = open_parts(tmp_path / "fresh", Sample, {}, 1)
+    fresh.reopen(0)
+    assert sorted(contents(tmp_path / "fresh")) == ["stage.json"]
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
@@ -75,47 +121,37 @@ def test_a_folder_that_an_export_is_making_is_left_alone(tmp_path: Path) -> None
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     settings = {"teacher": {"weights": "abc", "size": [1, 2]}, "prompt": "p"}
-    run_parts(tmp_path / "s", ROWS, double, settings, chunk_size=4)
-    run_parts(tmp_path / "s", ROWS, double, {**settings, "teacher": {"weights": "abc", "size": (1, 2)}}, chunk_size=4)
+    fill(tmp_path / "s", settings)
+    fill(tmp_path / "s", {**settings, "teacher": {"weights": "abc", "size": (1, 2)}})
     before = contents(tmp_path / "s")
     with pytest.raises(FingerprintMismatch) as error:
-        run_parts(
-            tmp_path / "s", ROWS, double, {**settings, "teacher": {"weights": "xyz", "size": [1, 2]}}, chunk_size=4
-        )
+        fill(tmp_path / "s", {**settings, "teacher": {"weights": "xyz", "size": [1, 2]}})
     assert error.value.differences == {"teacher.weights": ("abc", "xyz")}
     assert "--fresh" in str(error.value)
-    with pytest.raises(FingerprintMismatch, match="chunk_size"):
-        run_parts(tmp_path / "s", ROWS, double, settings, chunk_size=5)
-    with pytest.raises(FingerprintMismatch, match="input"):
-        run_parts(tmp_path / "s", ROWS[:9], double, settings, chunk_size=4)
     assert contents(tmp_path / "s") == before
 
 
-def test_fresh_starts_over(tmp_path: Path) -> None:
-    run_parts(tmp_path / "s", ROWS, double, {"a": 1}, chunk_size=1)
-    run_parts(tmp_path / "s", ROWS, double, {"a": 2}, chunk_size=5, fresh=True)
-    assert not part_path(tmp_path / "s", 2).exists()
-    assert json.loads((tmp_path / "s" / "stage.json").read_text())["fingerprint"]["a"] == 2
-
-
 def test_parts_of_unknown_origin_are_refused(tmp_path: Path) -> None:
-    run_parts(tmp_path, ROWS, double, {}, chunk_size=4)
+    fill(tmp_path)
     (tmp_path / "stage.json").unlink()
     with pytest.raises(RunError, match=r"without stage\.json"):
-        run_parts(tmp_path, ROWS, double, {}, chunk_size=4)
+        fill(tmp_path)
     (tmp_path / "stage.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
-        run_parts(tmp_path, ROWS, double, {}, chunk_size=4)
+        fill(tmp_path)
 
 
 def test_no_rows_give_no_parts(tmp_path: Path) -> None:
-    run_parts(tmp_path, [], double, {})
+    open_parts(tmp_path, Sample, {}, 0)
     assert list(read_parts(tmp_path, Sample)) == []
 
 
-def test_the_digest_sees_order_and_content() -> None:
-    assert digest_of_rows(ROWS) == digest_of_rows(list(ROWS))
-    assert digest_of_rows(ROWS) != digest_of_rows(ROWS[::-1])
+def test_the_digest_of_a_stage_sees_its_rows(tmp_path: Path) -> None:
+    for name, settings in (("a", {"x": 1}), ("b", {"x": 2})):
+        fill(tmp_path / name, settings)
+    assert digest_of_stage(tmp_path / "a") == digest_of_stage(tmp_path / "b")
+    (tmp_path / "b" / "part-00002.jsonl").write_text("")
+    assert digest_of_stage(tmp_path / "a") != digest_of_stage(tmp_path / "b")
 
 
 HOLDER = """
@@ -146,11 +182,23 @@ def test_a_folder_that_cannot_be_made_names_the_flag(tmp_path: Path) -> None:
         pass
 
 
-def test_clear_leaves_other_files_alone(tmp_path: Path) -> None:
+def test_clear_deletes_what_a_run_and_its_exports_made_and_nothing_else(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    run_parts(run.cases, ROWS, double, {})
-    run.parity.write_text("")
-    (tmp_path / "bundles").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (run, run.round(1), run.round(12)):
+        fill(folder.cases)
+        folder.student.mkdir()
+        folder.parity.write_text("")
+    for name in ("merged", "bundles", "images", "student-old-1", "my-round-1"):
+        (tmp_path / name).mkdir()
+    for name in ("merged.json", "run.json", "notes.txt"):
+        (tmp_path / name).write_text("")
     run.clear()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundles", "notes.txt"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["images", "my-round-1", "notes.txt", "student-old-1"]
+
+
+def test_a_student_that_is_put_aside_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "student").mkdir()
+        assert set_aside(tmp_path / "student").name == f"student-old-{number}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student-old-1", "student-old-2"]

@@ -1,0 +1,259 @@
+"""From pictures to the training set, with models that are told what to say: no torch, no weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mpa_edge import asking, training_set
+from mpa_edge.config import AlignConfig
+from mpa_edge.errors import FingerprintMismatch, InputError
+from mpa_edge.fake import FakeVlm
+from mpa_edge.parts import read_parts
+from mpa_edge.records import Annotation, Case, Sample
+from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
+from mpa_edge.tasks import task_named
+from mpa_edge.training_set import TrainingSet, make_training_set
+
+ASKS = task_named("reference").annotate_prompts
+FAILED = Answer("", finish_reason="error", error="time-out")
+
+
+class Teacher(FakeVlm):
+    """Asks for the red of the corner and knows it; of pictures whose red is in `silent` it says nothing. A grey picture
+    is answered with its own red, 128."""
+
+    silent: frozenset[int] = frozenset()
+    log: list[str]
+
+    def answer(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Answer]:
+        self.log = [*getattr(self, "log", []), *prompts]
+        return [self._say(image.getpixel((0, 0))[0], prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+    def _say(self, red: int, prompt: str) -> Answer:
+        if red in self.silent:
+            return FAILED
+        return Answer(f"What is the red of {red}? {red}" if prompt in ASKS else str(red))
+
+
+class Student(FakeVlm):
+    """Knows even reds."""
+
+    def answer(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Answer]:
+        reds = [image.getpixel((0, 0))[0] for image in images]
+        return [Answer(str(red) if red % 2 == 0 else "?") for red in reds]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """30 pictures, their reds from 110 on."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for red in range(110, 140):
+        Image.new("RGB", (12, 12), (red, 0, 0)).save(folder / f"{red}.png")
+    return folder
+
+
+def make(photos: Path | str, out: Path, teacher: FakeVlm | None = None, **settings: Any) -> TrainingSet:
+    usual: dict[str, Any] = {
+        "teacher": "t",
+        "student": "s",
+        "task": "reference",
+        "chunk_size": 8,
+        "mix": 0.0,
+        "questions": 1,
+    }
+    config = AlignConfig(images=str(photos), out=out, **{**usual, **settings})
+    return make_training_set(config, teacher or Teacher(), Student())
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All but the lock and run.json, which holds times."""
+    ours = (path for path in out.rglob("*") if path.is_file() and path.name not in (".lock", "run.json"))
+    return {str(path.relative_to(out)): path.read_bytes() for path in ours}
+
+
+def test_parts_of_cases_are_those_of_the_same_pictures(photos: Path, tmp_path: Path) -> None:
+    made = make(photos, tmp_path / "run")
+    assert made.counts.verdicts == {"agree": 15, "parity": 15}
+    assert made.counts.training == {"parity": 15}
+    for number in range(4):
+        name = f"part-{number:05d}.jsonl"
+        of = [
+            [json.loads(line)["sample_id"] for line in (tmp_path / "run" / stage / name).read_text().splitlines()]
+            for stage in ("annotations", "cases")
+        ]
+        assert of[0] == of[1]
+        assert len(of[0]) == (8 if number < 3 else 6)
+
+
+def test_each_part_is_identified_before_the_next_is_annotated(photos: Path, tmp_path: Path) -> None:
+    teacher = Teacher()
+    make(photos, tmp_path / "run", teacher)
+    kinds = "".join("w" if prompt in ASKS else "a" for prompt in teacher.log)
+    assert kinds == ("w" * 8 + "a" * 8) * 3 + "w" * 6 + "a" * 6
+
+
+def test_votes_and_the_blind_check_reach_the_cases(photos: Path, tmp_path: Path) -> None:
+    made = make(photos, tmp_path / "run", votes=3, blind=True)
+    assert made.counts.verdicts == {"agree": 14, "blind": 1, "parity": 15}  # 128 is the grey picture's red
+    cases = list(read_parts(tmp_path / "run" / "cases", Case))
+    assert all(len(case.votes) == 3 for case in cases)
+    assert {case.blind_answer for case in cases} == {"128"}
+    assert make(photos, tmp_path / "all", votes=3, blind=True, select="all").counts.training == {
+        "agree": 14,
+        "parity": 15,
+    }
+
+
+def test_a_question_that_comes_too_often_is_collapsed(photos: Path, tmp_path: Path) -> None:
+    class Bore(Teacher):
+        def _say(self, red: int, prompt: str) -> Answer:
+            return Answer("How red? 7" if prompt in ASKS else "7")
+
+    made = make(photos, tmp_path / "run", Bore(), question_share=0.1)
+    assert (made.counts.collapsed, sum(made.counts.training.values())) == (10, 20)  # 20 always may stay
+    dropped = [json.loads(line)["id"] for line in (tmp_path / "run" / "collapsed.jsonl").read_text().splitlines()]
+    trained = [json.loads(line)["id"] for line in made.path.read_text().splitlines()]
+    assert not set(dropped) & set(trained)
+    assert len(dropped) == 10
+    log = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert log["stages"]["select"]["collapsed"] == 10
+
+
+def test_what_failed_is_asked_again_by_the_next_run_and_nothing_else(photos: Path, tmp_path: Path) -> None:
+    teacher = Teacher()
+    teacher.silent = frozenset((111, 112, 125))
+    first = make(photos, tmp_path / "run", teacher)
+    assert first.rejected == {"teacher_error": 3}
+    teacher.silent, teacher.log = frozenset((112,)), []
+    second = make(photos, tmp_path / "run", teacher)
+    assert second.rejected == {"teacher_error": 1}
+    assert [prompt in ASKS for prompt in teacher.log] == [True, True, False, True, False]
+    teacher.silent, teacher.log = frozenset(), []
+    make(photos, tmp_path / "run", teacher)
+    assert [prompt in ASKS for prompt in teacher.log] == [True, False]
+    make(photos, tmp_path / "undisturbed")
+    assert {name: data for name, data in files(tmp_path / "run").items() if not name.startswith(".")} == {
+        name: data for name, data in files(tmp_path / "undisturbed").items() if not name.startswith(".")
+    }
+
+
+def test_a_run_that_is_finished_asks_nothing(photos: Path, tmp_path: Path) -> None:
+    before = make(photos, tmp_path / "run")
+    teacher = Teacher()
+    assert make(photos, tmp_path / "run", teacher) == before
+    assert not hasattr(teacher, "log")
+
+
+def test_a_run_and_its_pictures_can_be_moved(photos: Path, tmp_path: Path) -> None:
+    before = make(photos, tmp_path / "a" / "run")
+    (tmp_path / "b").mkdir()
+    shutil.move(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    moved = photos.rename(tmp_path / "b" / "pictures")
+    teacher = Teacher()
+    after = make(moved, tmp_path / "b" / "run", teacher)
+    assert not hasattr(teacher, "log")
+    assert after.counts == before.counts
+    row = json.loads((tmp_path / "b" / "run" / "parity.jsonl").read_text().splitlines()[0])
+    assert (tmp_path / "b" / "run" / row["images"][0]).is_file()
+
+
+def test_settings_of_the_training_set_redo_it_from_the_answers_that_are_there(photos: Path, tmp_path: Path) -> None:
+    make(photos, tmp_path / "run")
+    teacher = Teacher()
+    for settings in ({"select": "all"}, {"mix": 0.5}, {"target": "written"}, {"question_share": 0.5}, {"epochs": 1}):
+        again = make(photos, tmp_path / "run", teacher, **settings)
+        make(photos, tmp_path / "fresh", fresh=True, **settings)
+        assert again.path.read_bytes() == (tmp_path / "fresh" / "parity.jsonl").read_bytes()
+    assert not hasattr(teacher, "log")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"questions": 2}, "--questions: was 1, is 2"),
+        ({"votes": 3}, "--votes: was 1, is 3"),
+        ({"blind": True}, "--blind: was False, is True"),
+        ({"limit": 7}, "--limit: was None, is 7"),
+        ({"task": "textvqa"}, "--task"),
+    ],
+)
+def test_what_was_asked_is_not_mixed_with_other_questions(
+    photos: Path, tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    make(photos, tmp_path / "run")
+    before = files(tmp_path / "run")
+    with pytest.raises(FingerprintMismatch, match=says) as error:
+        make(photos, tmp_path / "run", **settings)
+    assert "--fresh" in str(error.value)
+    assert files(tmp_path / "run") == before
+
+
+def test_fresh_deletes_nothing_before_there_are_pictures(photos: Path, tmp_path: Path) -> None:
+    make(photos, tmp_path / "run")
+    (tmp_path / "run" / "merged").mkdir()
+    before = {name for name in files(tmp_path / "run") if not name.startswith(".")}
+    with pytest.raises(InputError, match="--images"):
+        make(str(photos) + "typo", tmp_path / "run", fresh=True)
+    assert before <= files(tmp_path / "run").keys()
+    assert (tmp_path / "run" / "merged").exists()
+    make(photos, tmp_path / "run", fresh=True, limit=9)
+    assert not (tmp_path / "run" / "merged").exists()  # of a student that is no more
+
+
+def test_a_budget_that_no_part_fits_in_is_said_at_once(photos: Path, tmp_path: Path) -> None:
+    teacher = Teacher(engine="chat")
+    with pytest.raises(InputError, match=r"--max-requests 20: one part of 8 pictures may take 24.*--chunk-size"):
+        make(photos, tmp_path / "run", teacher, max_requests=20, votes=3)
+    make(photos, tmp_path / "run", teacher, max_requests=24, votes=3)
+
+
+# --- many pictures ---------------------------------------------------------------------------------------------------
+
+
+def growth(monkeypatch: pytest.MonkeyPatch, out: Path, pictures: int) -> tuple[int, float]:
+    """The peak of traced memory from the first question on, in bytes, and the seconds of a resume."""
+    image = Image.new("RGB", (8, 8), (3, 0, 0))
+    monkeypatch.setattr(asking, "open_image", lambda path: image)
+    samples = [Sample(f"{number:016x}", f"/photos/{number}.jpg", f"{number:064x}") for number in range(pictures)]
+    monkeypatch.setattr(training_set, "scan_images", lambda *_, **__: (list(samples), []))
+
+    class Starts(Teacher):
+        log: list[str] = []  # noqa: RUF012
+        places = iter(range(10 * pictures))
+        now: dict[bool, int] = {}  # noqa: RUF012
+
+        def answer(self, images: Sequence[Any], prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[Answer]:
+            if not tracemalloc.is_tracing():
+                tracemalloc.start()
+            asks = prompts[0] in ASKS
+            return [Answer(f"What is {next(self.places)}? red" if asks else "red") for _ in prompts]
+
+    make("x", out, Starts(), chunk_size=128)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    start = time.perf_counter()
+    make("x", out, chunk_size=128)
+    return peak, time.perf_counter() - start
+
+
+def test_memory_hardly_grows_with_the_number_of_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A picture's rows are some two kilobytes; what is kept of each is some keys."""
+    few, _ = growth(monkeypatch, tmp_path / "few", 256)
+    many, seconds = growth(monkeypatch, tmp_path / "many", 2560)
+    assert (many - few) / 2304 < 250
+    assert seconds < 2
+    assert sum(1 for _ in read_parts(tmp_path / "many" / "annotations", Annotation)) == 2560
