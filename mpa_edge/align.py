@@ -95,19 +95,23 @@ def align(config: AlignConfig) -> AlignResult:
     run's folder, `FingerprintMismatch` when that holds what other settings or models were asked, and `RunError` when
     the models leave too little to train on.
     """
-    _meet(config)
+    meet(config)
     task_named(config.task)
     with RunFolder(config.run).lock():
-        student = _open_student(config, config.student)
-        teacher = open_vlm(
-            config.teacher,
-            **_options(config, longest_edge=config.teacher_longest_edge),
-            four_bit=config.teacher_4bit,
-            max_requests=config.max_requests,
-            concurrency=config.concurrency,
-        )
-        asked = open_vlm(config.ask) if config.ask else None
-        return _align(config, teacher, student, asked, close=True)
+        return _align(config, *open_models(config), close=True)
+
+
+def open_models(config: AlignConfig) -> tuple[Vlm, Vlm, Vlm | None]:
+    """The teacher, the student, and what is asked in its place if something is, as a run needs them."""
+    student = _open_student(config, config.student)
+    teacher = open_vlm(
+        config.teacher,
+        **_options(config, longest_edge=config.teacher_longest_edge),
+        four_bit=config.teacher_4bit,
+        max_requests=config.max_requests,
+        concurrency=config.concurrency,
+    )
+    return teacher, student, open_vlm(config.ask) if config.ask else None
 
 
 def align_models(config: AlignConfig, teacher: Vlm, student: Vlm, *, asked: Vlm | None = None) -> AlignResult:
@@ -123,7 +127,7 @@ def help_to_train(config: AlignConfig) -> None:
     from mpa_edge.level import level
     from mpa_edge.training_data import read_examples
 
-    ranks, run = _meet(config), RunFolder(config.run)
+    ranks, run = meet(config), RunFolder(config.run)
     student = _trainable(_open_student(config, config.student), config)
     start: Path | None = None
     for number in range(1, config.rounds + 1):
@@ -133,7 +137,7 @@ def help_to_train(config: AlignConfig) -> None:
         start = folder.student
 
 
-def _meet(config: AlignConfig) -> Ranks:
+def meet(config: AlignConfig) -> Ranks:
     """Refuse what cannot be trained before anything is loaded, and meet the other processes, if there are any."""
     require("align", LIBRARIES)
     from mpa_edge.methods import refuse_untrainable
