@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from mpa_edge.errors import ExportError, ModelError
-from mpa_edge.models import base_of
+from mpa_edge.lora import no_future_warnings
+from mpa_edge.models import WHOLE, base_of
 from mpa_edge.processors import load_processor, save_limit
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -32,39 +33,53 @@ KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 OF_EFFECT, OF_LOGITS = 0.05, 1e-3
 
 
-def merge(adapter: Path, out: Path, *, longest_edge: int | None = None) -> dict[str, Any]:
-    """Merge the adapter into the base that it names, and write the folder `out`, which must not exist.
+def merge(trained: Path, out: Path, *, longest_edge: int | None = None) -> dict[str, Any]:
+    """Merge an adapter, or the tensors of a whole model that was fine-tuned, into the base that its folder names, and
+    write the folder `out`, which must not exist.
 
-    `longest_edge` is the picture size that the adapter was trained with, where that is not the base's own.
+    `longest_edge` is the picture size that it was trained with, where that is not the base's own.
 
     Returns the outcome of the checks. Raises `ExportError` when the base is quantized or one of the checks fails: at
     least one targeted tensor changed; all others are bit-identical; names, shapes and types are the base's; the written
-    model and base plus adapter give the same logits; processor, tokenizer and chat template are in the folder.
+    model and the trained one give the same logits; processor, tokenizer and chat template are in the folder.
     """
-    base = base_folder(adapter)
+    base = base_folder(trained)
     refuse_quantized(base)
     model = _load(base)
     probe = probe_of(base)
     base_logits = logits_of(model, probe)
-    try:
-        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-    except Exception as error:  # peft raises whatever it trips over
-        raise ExportError(f"{adapter} does not fit its base {base.name}: {error}") from error
-    adapter_logits = logits_of(adapted, probe)
-    targeted = targeted_tensors(adapter)
-    try:
-        merged = adapted.merge_and_unload(safe_merge=True).state_dict()
-    except ValueError as error:
-        raise ExportError(f"{adapter} cannot be merged: {error}") from error
-    write_merged(base, out, {name: merged[name] for name in targeted & merged.keys()}, targeted)
+    whole = (trained / WHOLE).is_file()
+    targeted = set(json.loads((trained / WHOLE).read_bytes())["tensors"]) if whole else targeted_tensors(trained)
+    tensors, trained_logits = _whole(trained, probe) if whole else _adapted(model, trained, probe)
+    write_merged(base, out, {name: tensors[name] for name in targeted & tensors.keys()}, targeted)
     if longest_edge is not None:
         save_limit(out, load_processor(out, longest_edge).image_processor)
-    del model, adapted, merged
+    del model, tensors
     return {
         **check_tensors(base, out, targeted),
-        **check_logits(out, probe, base_logits, adapter_logits),
+        **check_logits(out, probe, base_logits, trained_logits),
         **check_files(out),
     }
+
+
+def _whole(folder: Path, probe: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+    """The tensors of a fine-tuned model, and its logits."""
+    model = _load(folder)
+    return model.state_dict(), logits_of(model, probe)
+
+
+def _adapted(model: Any, adapter: Path, probe: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+    """The tensors of the base with the adapter merged into it, and the logits of the two before that."""
+    try:
+        with no_future_warnings():
+            adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    except Exception as error:  # peft raises whatever it trips over
+        raise ExportError(f"{adapter} does not fit its base: {error}") from error
+    logits = logits_of(adapted, probe)
+    try:
+        return adapted.merge_and_unload(safe_merge=True).state_dict(), logits
+    except ValueError as error:
+        raise ExportError(f"{adapter} cannot be merged: {error}") from error
 
 
 def base_folder(adapter: Path) -> Path:
@@ -110,7 +125,7 @@ def write_merged(base: Path, out: Path, changed: dict[str, torch.Tensor], target
     held = {name for shard in shards for name in tensor_names(shard)}
     if absent := sorted(targeted - held):
         raise ExportError(
-            f"the adapter changes {len(absent)} tensors that the checkpoint does not hold under that name, {absent[0]} "
+            f"training changed {len(absent)} tensors that the checkpoint does not hold under that name, {absent[0]} "
             "first; a tied output layer is not stored, so it cannot be trained apart from the embedding"
         )
     out.mkdir(parents=True)
@@ -135,9 +150,11 @@ def check_tensors(base: Path, merged: Path, targeted: Iterable[str]) -> dict[str
         raise ExportError(f"merged and base model hold different tensors: {len(odd)} differ, {odd[0]} first")
     changed = {name for name in before if not _same_bits(before[name], after[name], name)}
     if strays := sorted(changed - set(targeted)):
-        raise ExportError(f"the merge changed tensors that the adapter does not target: {', '.join(strays[:3])}")
+        raise ExportError(f"the merge changed tensors that training did not target: {', '.join(strays[:3])}")
     if not changed:
-        raise ExportError("the merge changed nothing: the adapter is untrained, or does not reach the model")
+        raise ExportError(
+            "the merge changed nothing: the student is untrained, or its adapter does not reach the model"
+        )
     return {"tensors": len(before), "targeted": len(set(targeted)), "changed": len(changed)}
 
 

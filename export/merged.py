@@ -10,10 +10,10 @@ from typing import Any
 
 from mpa_edge import __version__
 from mpa_edge.bundle import Source
-from mpa_edge.digests import digest_of_adapter, digest_of_folder
+from mpa_edge.digests import digest_of_folder, digest_of_trained
 from mpa_edge.errors import InputError
 from mpa_edge.export.workshop import Workshop
-from mpa_edge.models import ADAPTER, base_of
+from mpa_edge.models import ADAPTER, WHOLE, base_of
 from mpa_edge.records import write_atomic
 from mpa_edge.run_folder import RUN, RunFolder, read_run
 from mpa_edge.tasks import Task, task_of_run
@@ -76,13 +76,13 @@ def _plain_model(folder: Path, out: Path | None) -> Merged:
 
 
 def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
-    content, adapter = read_run(run), RunFolder(run).student
-    if not (adapter / ADAPTER).is_file():
+    content, student = read_run(run), RunFolder(run).student
+    if not any((student / name).is_file() for name in (ADAPTER, WHOLE)):
         raise InputError(f"{run} has no trained student yet; finish it with mpa-edge align")
     config = content.get("config", {})
     task = task_of_run(content)
-    folder, checks = _merge_once(run, adapter, config.get("longest_edge"), progress)
-    base = _model_name(base_of(adapter))
+    folder, checks = _merge_once(run, student, config.get("longest_edge"), progress)
+    base = _model_name(base_of(student))
     return Merged(
         folder=folder,
         root=out or run / "bundles",
@@ -92,7 +92,7 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
             task=task.name if task else None,
             metric=task.metric if task else None,
             run=run.resolve().name,
-            adapter_sha256=digest_of_adapter(adapter),
+            adapter_sha256=digest_of_trained(student),
             base_sha256=checks["base_sha256"],
             tool_version=__version__,
         ),
@@ -103,12 +103,12 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
     )
 
 
-def _merge_once(run: Path, adapter: Path, longest_edge: int | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """The run's merged model, made when it is not there or is another adapter's; `merged.json` vouches for it."""
+def _merge_once(run: Path, student: Path, longest_edge: int | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """The run's merged model, made when it is not there or is another student's; `merged.json` vouches for it."""
     from mpa_edge.export.merge import base_folder, merge
 
     folder, record = run / "merged", run / "merged.json"
-    inputs = {"adapter": digest_of_adapter(adapter), "base": digest_of_folder(base_folder(adapter))}
+    inputs = {"adapter": digest_of_trained(student), "base": digest_of_folder(base_folder(student))}
     if longest_edge is not None:
         inputs["longest_edge"] = str(longest_edge)
     try:
@@ -120,7 +120,7 @@ def _merge_once(run: Path, adapter: Path, longest_edge: int | None, progress: Pr
     progress("merge")
     with Workshop(run) as workshop:
         fresh = workshop.folder("merged")
-        checks = merge(adapter, fresh, longest_edge=longest_edge)
+        checks = merge(student, fresh, longest_edge=longest_edge)
         record.unlink(missing_ok=True)
         workshop.place(fresh, folder)
     content = {"inputs": inputs, "output": digest_of_folder(folder), "checks": checks, "tool_version": __version__}

@@ -61,6 +61,61 @@ def test_the_merged_model_is_base_plus_adapter(tiny_idefics3: Path, tiny_adapter
     np.testing.assert_allclose(logits_of(merged, probe), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_connector_and_vision_tower_are_merged_too(
+    use_dora: bool, tiny_idefics3: Path, tmp_path: Path, adapter_on: Callable[..., Path]
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from mpa_edge.trainable import Anatomy
+
+    names = Anatomy(AutoModelForImageTextToText.from_pretrained(tiny_idefics3)).linears(["connector", "vision"])
+    adapter = adapter_on(tiny_idefics3, target_modules=names, use_dora=use_dora)
+    outcome = merge(adapter, tmp_path / "merged")
+    assert targeted_tensors(adapter) == {f"{name}.weight" for name in names}
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_idefics3, tmp_path / "merged"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == targeted_tensors(adapter)
+    assert outcome["logit_error"] < 1e-4 < outcome["adapter_effect"]
+
+
+def tuned(base: Path, folder: Path, names: list[str], dtype: torch.dtype = torch.float32) -> Path:
+    """A whole model of which some tensors were trained."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_parameter(name)
+            weight += torch.randn_like(weight) * 0.05
+    model.save_pretrained(folder)
+    facts = {"base_model_name_or_path": str(base), "tensors": names}
+    (folder / "trained.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fine_tuned_model_gives_its_trained_tensors_to_the_base(
+    dtype: torch.dtype, tiny_idefics3: Path, tmp_path: Path
+) -> None:
+    names = [QUERY, "model.text_model.embed_tokens.weight", "model.text_model.norm.weight"]
+    outcome = merge(tuned(tiny_idefics3, tmp_path / "tuned", names, dtype), tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_idefics3, tmp_path / "merged"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(names)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}  # the base's own
+    assert outcome["changed"] == outcome["targeted"] == 3
+    assert outcome["adapter_effect"] > 1e-2
+
+
+def test_a_fine_tuned_model_that_differs_where_it_was_not_trained_is_refused(
+    tiny_idefics3: Path, tmp_path: Path
+) -> None:
+    folder = tuned(tiny_idefics3, tmp_path / "tuned", [QUERY])
+    change(folder, QUERY.replace("q_proj", "k_proj"), lambda tensor: -tensor)
+    with pytest.raises(ExportError, match="disagree"):
+        merge(folder, tmp_path / "merged")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_keep_the_type_of_the_base(
     dtype: torch.dtype, copy: Path, tmp_path: Path, adapter_on: Callable[..., Path]

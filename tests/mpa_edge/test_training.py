@@ -144,6 +144,26 @@ def test_full_trains_the_weights_themselves_and_saves_a_whole_model(
     assert str(tiny_one_tile) not in "".join(file.read_text() for file in (tmp_path / "student").glob("*.json"))
 
 
+def test_a_run_that_trained_in_full_is_exported(
+    student: Student, examples: list[Example], tmp_path: Path, config: Callable[..., AlignConfig], tiny_one_tile: Path
+) -> None:
+    from mpa_edge.export.merged import open_source
+
+    run, settings = tmp_path / "run", config(method="full", train=("connector",), epochs=1, learning_rate=5e-4)
+    metrics = level(student(), examples, run / "student", settings)
+    assert metrics["best_epoch"] == 1
+    (run / "run.json").write_text(json.dumps({"config": settings.to_json()}))
+    merged = open_source(run, None, lambda line: None)
+    assert merged.folder == run / "merged"
+    assert merged.checks["changed"] == merged.checks["targeted"] == 1
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_one_tile, merged.folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model.connector.modality_projection.proj.weight"}
+    digest = merged.provenance.adapter_sha256
+    assert digest is not None
+    assert open_source(run, None, pytest.fail).provenance.adapter_sha256 == digest  # merged once
+
+
 def test_full_keeps_bfloat16_outside_and_float32_inside(
     tiny_one_tile: Path, examples: list[Example], tmp_path: Path, config: Callable[..., AlignConfig]
 ) -> None:
