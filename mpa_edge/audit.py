@@ -1,7 +1,9 @@
 """The page on which a person judges a run: what was kept, what was dropped and why, with the pictures.
 
-One HTML file that needs nothing else: no network, no other files, readable without JavaScript. It shows a sample of the
-rows, drawn evenly from the verdicts and, within them, from the reasons, so that what is rare is seen too.
+One HTML file that needs nothing else: no network, no other files, readable without JavaScript. All rows are counted; a
+sample of them is shown, drawn evenly from the verdicts and, within them, from the reasons, so that what is rare is seen
+too. Rows are read from disk one by one: a run of a hundred thousand pictures takes no more memory than a small one, but
+for 17 bytes a question.
 """
 
 from __future__ import annotations
@@ -9,165 +11,225 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 
-from mpa_edge.audit_counts import (
-    FILE_REASONS,
-    VERDICTS,
-    favourites,
-    reason_rows,
-    run_facts,
-    score_histograms,
-    steps,
-    verdict_rows,
-)
+from mpa_edge.audit_counts import Before, Round, histograms, road, tone_of, verdict_rows, words_of
+from mpa_edge.audit_questions import Favourites
+from mpa_edge.audit_sample import Sampler, Shown
+from mpa_edge.audit_settings import facts_of, held_out
 from mpa_edge.datasets import Skipped
 from mpa_edge.errors import ImageError, RunError
+from mpa_edge.identify import RIGHT, verdict_of
 from mpa_edge.parts import read_parts
-from mpa_edge.records import Annotation, Case, Sample, read_rows, write_atomic
+from mpa_edge.records import Annotation, Case, Record, Sample, read_rows, write_atomic
+from mpa_edge.run_folder import RoundFolder, RunFolder, read_run
 from mpa_edge.runtime.images import open_image
 
-Item = TypeVar("Item")
-
 CARDS = 200
-# Cards are about this wide; the pictures of a page of 200 cards then take some 3 MB.
-THUMBNAIL = 320
+# Cards are about this wide. With so many bytes each, the pictures of 200 cards make a page of less than 5 MB.
+THUMBNAIL, THUMBNAIL_BYTES = 320, 16_000
+QUALITIES = (85, 70, 50, 30, 10)
+# A server may let a teacher write on and on.
+RAW_CHARACTERS = 4_000
+
+
+@dataclass(frozen=True)
+class Trained(Record):
+    """A row of the training set, as far as the page reads it."""
+
+    id: str
+    verdict: str = "unknown"
+    messages: list[Any] = field(default_factory=list)
+
+    @property
+    def target(self) -> str:
+        """The text that is learned."""
+        parts = (part for message in self.messages if message["role"] == "assistant" for part in message["content"])
+        return "".join(str(part.get("text", "")) for part in parts)
+
+
+@dataclass(frozen=True)
+class Named(Record):
+    """A row that names a case."""
+
+    id: str
 
 
 @dataclass(frozen=True)
 class Card:
     """One row on the page. `picture` is a data: URL, or None where the file cannot be read any more."""
 
-    verdict: str
-    reason: str | None
+    shown: Shown
     name: str
     picture: str | None
     tiny: bool
-    question: str
-    answer: str
-    trained: bool
-    case: Case | None = None
-    raw: str = ""
+
+    @property
+    def case(self) -> Case | None:
+        """The row, where both models were asked."""
+        return self.shown.row if isinstance(self.shown.row, Case) else None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """The verdict and the name of its colour."""
+        return self.shown.verdict, tone_of(self.shown.verdict)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is in the training set."""
+        return self.shown.target is not None
+
+    @property
+    def teacher_right(self) -> bool | None:
+        """Whether the teacher confirms its answer; None where a model did not answer."""
+        case = self.case
+        if case is None or case.failed:
+            return None
+        return verdict_of(case.teacher_score, 0.0, votes=max(1, len(case.votes))) != "unconfirmed"
+
+    @property
+    def student_right(self) -> bool | None:
+        """Whether the student gives the pseudo-answer; None where a model did not answer."""
+        return None if self.case is None or self.case.failed else self.case.student_score >= RIGHT
+
+    @property
+    def raw(self) -> str:
+        """The teacher's text of a rejected annotation."""
+        text = self.shown.row.raw if isinstance(self.shown.row, Annotation) else ""
+        return text if len(text) <= RAW_CHARACTERS else text[:RAW_CHARACTERS] + " …"
+
+    @property
+    def votes(self) -> list[tuple[str, int]]:
+        """The teacher's answers where it was asked more than once, the commonest first."""
+        return Counter(self.case.votes).most_common() if self.case else []
 
 
-def audit_run(folder: Path, *, limit: int = CARDS) -> Path:
-    """Write the page of a run folder from the files in it; returns its path. `RunError` where there is no such run."""
-    if not (folder / "samples.jsonl").is_file():
-        raise RunError(f"{folder} is no run folder: it has no samples.jsonl")
-    skipped, parity, cases = folder / "skipped.jsonl", folder / "parity.jsonl", folder / "cases"
-    chosen = {json.loads(line)["id"] for line in parity.open(encoding="utf-8")} if parity.is_file() else set()
-    rows = list(read_parts(cases, Case)) if cases.is_dir() else []
-    write_audit(
-        folder / "audit.html",
-        samples=list(read_rows(folder / "samples.jsonl", Sample)),
-        skipped=list(read_rows(skipped, Skipped)) if skipped.is_file() else [],
-        annotations=list(read_parts(folder / "annotations", Annotation)),
-        cases=rows,
-        selected=[case for case in rows if case.id in chosen],
-        limit=limit,
-    )
-    return folder / "audit.html"
+def audit_run(path: Path, *, limit: int = CARDS) -> Path:
+    """Write the page of a run from the files in its folder; returns the page's path. At most `limit` rows get a card.
 
-
-def write_audit(
-    path: Path,
-    *,
-    samples: Sequence[Sample],
-    annotations: Sequence[Annotation],
-    cases: Sequence[Case],
-    skipped: Sequence[Skipped] = (),
-    selected: Sequence[Case] = (),
-    limit: int = CARDS,
-) -> None:
-    """Write the page of these rows. `selected` are the cases in the training set; at most `limit` rows get a card.
-
-    The names of the models are taken from the `run.json` beside the page, where there is one.
+    The cards are those of the last round. `RunError` where there is no run, or a stage of it is not finished.
     """
-    rejected = [row for row in annotations if row.reason]
-    pictures = {sample.id: Path(sample.path) for sample in samples}
-    chosen = {case.id for case in selected}
-    shown = pick([*cases, *rejected], limit)
-    page = _template().render(
-        run=run_facts(path.parent),
-        steps=steps(samples, annotations, cases, selected),
-        verdicts=verdict_rows(cases, rejected),
-        rejected=reason_rows(row.reason for row in rejected),
-        errors=reason_rows(case.reason for case in cases if case.verdict == "error"),
-        skipped=reason_rows((item.reason for item in skipped), FILE_REASONS),
-        scores=score_histograms(cases),
-        favourites=favourites(annotations),
-        cards=[_card(row, pictures.get(row.sample_id), chosen) for row in shown],
-        rows=len(cases) + len(rejected),
+    run, content = RunFolder(path), read_run(path)
+    sampler, favourites = Sampler(limit), Favourites()
+    before = _count_before(run, sampler)
+    folders = _rounds(run, content)
+    rounds = [_count_round(folder) for folder in folders[:-1]]
+    if folders:
+        rounds.append(_count_round(folders[-1], sampler, favourites))
+    for number, each in enumerate(rounds, 1):
+        each.held_out = held_out(content, number)
+    script = _template("audit.js.j2").render()
+    text = _template("audit.html.j2").render(
+        name=path.resolve().name,
+        facts=facts_of(content),
+        trained=bool(rounds) and rounds[-1].held_out is not None,
+        road=road(before, rounds, content.get("stages", {}).get("samples", {}).get("shared")),
+        before=before,
+        rounds=rounds,
+        verdicts=verdict_rows(rounds, before.rejected.total()),
+        histograms=histograms(rounds[-1]) if rounds else [],
+        favourites=favourites.table(read_parts(folders[-1].cases, Case) if folders else ()),
+        cards=_cards(run, sampler.picked()),
+        rows=before.rejected.total() + (rounds[-1].verdicts.total() if rounds else 0),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     # A teacher's text may hold half a surrogate pair, which no file can.
-    write_atomic(path, page.encode("utf-8", "replace"))
+    write_atomic(run.audit, text.encode("utf-8", "replace"))
+    return run.audit
 
 
-# --- which rows get a card -------------------------------------------------------------------------------------------
+# --- counting --------------------------------------------------------------------------------------------------------
 
 
-def pick(rows: Iterable[Case | Annotation], limit: int) -> list[Case | Annotation]:
-    """At most `limit` rows, spread evenly over the verdicts and within them over the reasons, in the page's order.
-
-    Rows are drawn by the hash of their ids: the same rows give the same page, whatever their order.
-    """
-    groups: dict[str, list[Case | Annotation]] = defaultdict(list)
-    for row in rows:
-        groups[verdict_of(row)].append(row)
-    order = [verdict for verdict in VERDICTS if verdict in groups] + sorted(groups.keys() - VERDICTS.keys())
-    shares = _shares({verdict: len(groups[verdict]) for verdict in order}, limit)
-    return [row for verdict in order for row in _spread(groups[verdict], shares[verdict], lambda row: str(row.reason))]
-
-
-def verdict_of(row: Case | Annotation) -> str:
-    """The verdict of a case; `rejected` for an annotation."""
-    return row.verdict if isinstance(row, Case) else "rejected"
+def _count_before(run: RunFolder, sampler: Sampler) -> Before:
+    before = Before()
+    if run.skipped.is_file():
+        before.skipped.update(item.reason for item in read_rows(run.skipped, Skipped))
+    before.pictures = sum(1 for _ in read_rows(run.samples, Sample))
+    for row in read_parts(run.annotations, Annotation):
+        before.written += 1
+        if row.reason is not None:
+            before.rejected[row.reason] += 1
+            sampler.add(Shown(row))
+    return before
 
 
-def _spread(
-    rows: Sequence[Case | Annotation], count: int, group_of: Callable[[Case | Annotation], str]
-) -> list[Case | Annotation]:
-    groups: dict[str, list[Case | Annotation]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: hashlib.sha256(row.id.encode("utf-8", "replace")).digest()):
-        groups[group_of(row)].append(row)
-    shares = _shares({name: len(group) for name, group in groups.items()}, count)
-    return [row for name in sorted(groups) for row in groups[name][: shares[name]]]
+def _rounds(run: RunFolder, content: dict[str, Any]) -> list[RoundFolder]:
+    """The folders of the rounds whose cases are there, the last one last."""
+    earlier = range(1, int(content.get("config", {}).get("rounds", 1)))
+    folders: list[RoundFolder] = [*(run.round(number) for number in earlier), run]
+    return [folder for folder in folders if folder.cases.is_dir()]
 
 
-def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Equal shares of the limit; what a small group leaves over goes to the larger ones."""
-    shares: dict[str, int] = {}
-    for name, size in sorted(sizes.items(), key=lambda item: (item[1], item[0])):
-        shares[name] = min(size, limit // (len(sizes) - len(shares)))
-        limit -= shares[name]
-    return shares
+def _count_round(folder: RoundFolder, sampler: Sampler | None = None, favourites: Favourites | None = None) -> Round:
+    """The numbers of a round; sampler and favourites are given its rows too."""
+    found = Round()
+    for case, collapsed, trained in _marked(folder):
+        found.add(case, collapsed)
+        if trained:
+            found.training[case.verdict] += 1
+        if sampler:
+            sampler.add(Shown(case, collapsed, trained.target if trained else None))
+        if favourites:
+            favourites.add(case, collapsed)
+    return found
+
+
+def _marked(folder: RoundFolder) -> Iterator[tuple[Case, bool, Trained | None]]:
+    """The cases of a round, whether the cap dropped them, and what of them is in the training set. Those files are in
+    the order of the cases, so that three of them are read side by side and none is held."""
+    collapsed = _Follower(folder.collapsed, Named)
+    trained = _Follower(folder.parity, Trained)
+    for case in read_parts(folder.cases, Case):
+        yield case, collapsed.row_of(case) is not None, trained.row_of(case)
+    for follower in (collapsed, trained):
+        follower.end()
+
+
+class _Follower:
+    """The rows of a file that name some of the cases, in their order; none where there is no file."""
+
+    def __init__(self, path: Path, row: type[Any]) -> None:
+        self._path = path
+        self._rows: Iterator[Any] = read_rows(path, row) if path.is_file() else iter(())
+        self._next = next(self._rows, None)
+
+    def row_of(self, case: Case) -> Any:
+        """The row about this case, or None."""
+        found = self._next
+        if found is None or found.id != case.id:
+            return None
+        self._next = next(self._rows, None)
+        return found
+
+    def end(self) -> None:
+        """`RunError` when rows are left."""
+        if self._next is not None:
+            raise RunError(f"{self._path}: {self._next.id} is none of the cases, or not in their order")
 
 
 # --- the cards -------------------------------------------------------------------------------------------------------
 
 
-def _card(row: Case | Annotation, picture: Path | None, chosen: set[str]) -> Card:
-    url, tiny = _thumbnail(picture)
-    verdict = verdict_of(row)
-    return Card(
-        verdict=verdict if verdict in VERDICTS else "other",
-        reason=row.reason,
-        name=picture.name if picture else row.sample_id,
-        picture=url,
-        tiny=tiny,
-        question=row.question,
-        answer=row.answer,
-        trained=row.id in chosen,
-        case=row if isinstance(row, Case) else None,
-        raw=row.raw if isinstance(row, Annotation) else "",
-    )
+def _cards(run: RunFolder, picked: Iterable[Shown]) -> list[Card]:
+    picked = list(picked)
+    wanted = {shown.row.sample_id for shown in picked}
+    paths = {row.id: Path(row.path) for row in read_rows(run.samples, Sample) if row.id in wanted}
+    return [_card(shown, paths.get(shown.row.sample_id)) for shown in picked]
+
+
+def _card(shown: Shown, path: Path | None) -> Card:
+    picture, tiny = _thumbnail(path)
+    return Card(shown, path.name if path else shown.row.sample_id, picture, tiny)
 
 
 def _thumbnail(path: Path | None) -> tuple[str | None, bool]:
@@ -179,15 +241,22 @@ def _thumbnail(path: Path | None) -> tuple[str | None, bool]:
     except ImageError:
         return None, False
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=85)
+    for quality in QUALITIES:
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=quality)
+        if data.tell() <= THUMBNAIL_BYTES:
+            break
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}", max(image.size) <= THUMBNAIL // 2
 
 
-def _template() -> Any:
+@lru_cache
+def _template(name: str) -> Template:
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = lambda value: f"{value:,}"
-    return environment.get_template("audit.html.j2")
+    environment.filters["short"] = lambda value: f"{value:,}" if value < 10_000 else f"{value / 1000:,.0f}k"
+    environment.filters["percent"] = lambda value: f"{value:.1f}%"
+    environment.filters["words"] = words_of
+    return environment.get_template(name)
