@@ -40,12 +40,16 @@ def data_url(image: Image.Image, longest_edge: int | None) -> str:
     """An RGB picture as it is sent: scaled down if it must be, PNG up to `PNG_PIXELS`, JPEG above."""
     if longest_edge is not None and max(image.size) > longest_edge:
         scale = longest_edge / max(image.size)
-        size = tuple(max(1, round(edge * scale)) for edge in image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.LANCZOS)
-    small = image.width * image.height <= PNG_PIXELS
     file = io.BytesIO()
-    image.save(file, "PNG") if small else image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+    if image.width * image.height <= PNG_PIXELS:
+        kind = "png"
+        image.save(file, "PNG")
+    else:
+        kind = "jpeg"
+        image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def answer_of(completion: Any) -> Answer:
