@@ -40,6 +40,7 @@ LOCK = ".lock"
 # What a run and its exports leave, besides the rounds before the last one.
 DERIVED = (
     *("samples.jsonl", "skipped.jsonl", "annotations", "cases", "collapsed.jsonl", "parity.jsonl", "student"),
+    *("parity.llava.json", "parity.sharegpt.json", "dataset_info.json"),
     *("audit.html", "merged", "merged.json", "bundles"),
     *("parity.llava.json", "parity.sharegpt.json", "dataset_info.json"),
 )
