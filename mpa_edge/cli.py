@@ -159,6 +159,43 @@ def ask(
 
 
 @app.command(
+    epilog="Example: mpa-edge serve runs/shop/bundles/gguf-q8_0 --port 8000",
+    short_help="Serve a bundle behind the OpenAI API.",
+)
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge export made.")],
+    host: Annotated[str, typer.Option(help="Where to listen. 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen.")] = 8000,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable that holds the key which clients must send.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="The key itself; other users of this machine can see it in the process list.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are told to retry.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's choice.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave the task's question template away.")] = False,
+    remote: Annotated[
+        bool, typer.Option("--remote/--no-remote", help="Fetch pictures that a request names by their address.")
+    ] = True,
+) -> None:
+    """Serve a bundle: OpenAI's chat completions and models under /v1, /health and /metrics."""
+    from mpa_edge.errors import require
+
+    require("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client"))
+    from mpa_edge.runtime.server import is_loopback, key_from
+    from mpa_edge.runtime.server import serve as run_server
+
+    keys = key_from(api_key, api_key_env)
+    if not keys and not is_loopback(host):
+        typer.echo("warning: everybody who can reach this machine can ask; set --api-key-env", err=True)
+    typer.echo(f"http://{host}:{port}/  (Ctrl-C stops it)", err=True)
+    run_server(
+        bundle, host=host, port=port, api_keys=keys, max_queue=max_queue, threads=threads, raw=raw, remote=remote
+    )
+
+
+@app.command(
     epilog="Example: mpa-edge bench runs/shop/bundles/gguf-q8_0 --baseline teacher=Qwen/Qwen2-VL-7B-Instruct "
     "--baseline student=HuggingFaceTB/SmolVLM-500M-Instruct --data test.jsonl --report report/",
     short_help="Score bundles beside the models they came from: a report.",
