@@ -164,9 +164,9 @@ def _align(config: AlignConfig, teacher: Vlm, student: Vlm, asked: Vlm | None, *
             _ask_again(config, maker, number)
         rounds.append((maker.select(number), {}))
         result = _result(run, scanned, annotations, rejected, rounds)
-        if number == config.rounds:
-            audit_run(run.path)
+        audit_run(run.path, rounds=number)
         result.metrics.update(_level(config, maker, number, trainable, result))
+    audit_run(run.path)
     return result
 
 

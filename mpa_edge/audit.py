@@ -112,33 +112,34 @@ class Card:
         return Counter(self.case.votes).most_common() if self.case else []
 
 
-def audit_run(path: Path, *, limit: int = CARDS) -> Path:
+def audit_run(path: Path, *, rounds: int | None = None, limit: int = CARDS) -> Path:
     """Write the page of a run from the files in its folder; returns the page's path. At most `limit` rows get a card.
 
-    The cards are those of the last round. `RunError` where there is no run, or a stage of it is not finished.
+    `rounds` says that no more rounds than these are done yet. The cards are those of the last one. `RunError` where
+    there is no run, or a stage of it is not finished.
     """
     run, content = RunFolder(path), read_run(path)
     sampler, favourites = Sampler(limit), Favourites()
     before = _count_before(run, sampler)
-    folders = _rounds(run, content)
-    rounds = [_count_round(folder) for folder in folders[:-1]]
+    folders = _rounds(run, content)[:rounds]
+    counts = [_count_round(folder) for folder in folders[:-1]]
     if folders:
-        rounds.append(_count_round(folders[-1], sampler, favourites))
-    for number, each in enumerate(rounds, 1):
+        counts.append(_count_round(folders[-1], sampler, favourites))
+    for number, each in enumerate(counts, 1):
         each.held_out = held_out(content, number)
     script = _template("audit.js.j2").render()
     text = _template("audit.html.j2").render(
         name=path.resolve().name,
         facts=facts_of(content),
-        trained=bool(rounds) and rounds[-1].held_out is not None,
-        road=road(before, rounds, content.get("stages", {}).get("samples", {}).get("shared")),
+        trained=bool(counts) and counts[-1].held_out is not None,
+        road=road(before, counts, content.get("stages", {}).get("samples", {}).get("shared")),
         before=before,
-        rounds=rounds,
-        verdicts=verdict_rows(rounds, before.rejected.total()),
-        histograms=histograms(rounds[-1]) if rounds else [],
+        rounds=counts,
+        verdicts=verdict_rows(counts, before.rejected.total()),
+        histograms=histograms(counts[-1]) if counts else [],
         favourites=favourites.table(read_parts(folders[-1].cases, Case) if folders else ()),
         cards=_cards(run, sampler.picked()),
-        rows=before.rejected.total() + (rounds[-1].verdicts.total() if rounds else 0),
+        rows=before.rejected.total() + (counts[-1].verdicts.total() if counts else 0),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -164,10 +165,10 @@ def _count_before(run: RunFolder, sampler: Sampler) -> Before:
 
 
 def _rounds(run: RunFolder, content: dict[str, Any]) -> list[RoundFolder]:
-    """The folders of the rounds whose cases are there, the last one last."""
-    earlier = range(1, int(content.get("config", {}).get("rounds", 1)))
-    folders: list[RoundFolder] = [*(run.round(number) for number in earlier), run]
-    return [folder for folder in folders if folder.cases.is_dir()]
+    """The folders of the rounds, the last one last; none before anything was asked."""
+    total = int(content.get("config", {}).get("rounds", 1))
+    folders: list[RoundFolder] = [run.round(number) for number in range(1, total)]
+    return [folder for folder in [*folders, run] if folder.cases.is_dir()]
 
 
 def _count_round(folder: RoundFolder, sampler: Sampler | None = None, favourites: Favourites | None = None) -> Round:

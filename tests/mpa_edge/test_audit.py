@@ -180,6 +180,10 @@ def test_each_round_has_its_counts_and_the_cards_are_those_of_the_last(tmp_path:
     assert page.count(verdict="agree") == 3
     assert sum("learned" in card["text"] for card in page.cards) == 3
     assert "mpa-edge export" not in page.words  # the last round has not been trained
+    (tmp_path / "cases" / "part-00000.jsonl").unlink()  # asked in part, when the run was killed
+    words = Page(audit_run(tmp_path, rounds=1)).words
+    assert "Round" not in words
+    assert "missed by the student 4 100.0%" in words
     put_run(tmp_path, annotations=[*map(annotation, range(4))], rounds=[first], stages={"level": level})
     assert "mpa-edge export . --format gguf" in Page(audit_run(tmp_path)).words
 
