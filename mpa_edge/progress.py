@@ -18,6 +18,7 @@ from mpa_edge.parts import Advance
 Tell = Callable[[int, int], object]
 
 SECONDS_PER_LINE = 30.0
+INSTANT = 1.0
 
 
 class _Rate(TextColumn):
@@ -77,8 +78,10 @@ class Lines:
 
     def tell(self, done: int, of: int) -> None:
         """So many are done, of so many."""
-        self._done, self._of = done, of
         now = time.monotonic()
+        if now - self._last < INSTANT and self._told == self._done:
+            self._told = done  # found on disk by a resume: no work, which would spoil the rate
+        self._done, self._of = done, of
         if now - self._last >= SECONDS_PER_LINE and done < of:
             rate = (done - self._told) / (now - self._last)
             left = f", {_clock((of - done) / rate)} left" if rate else ""

@@ -12,13 +12,21 @@ import torch
 from PIL import Image
 
 from mpa_edge.align import align, align_models
+from mpa_edge.bundle import Bundle, Source, write_bundle
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError
+from mpa_edge.export.families import family_of, read_config
+from mpa_edge.export.merged import Names
+from mpa_edge.export.to_gguf import to_gguf
 from mpa_edge.fake import FakeVlm
 from mpa_edge.models import open_vlm
-from mpa_edge.records import Sample, read_rows
+from mpa_edge.parts import read_parts
+from mpa_edge.processors import load_processor
+from mpa_edge.records import Case, Sample, read_rows
+from mpa_edge.runtime import load
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Decoding, Vlm
+from mpa_edge.tasks import task_named
 
 
 def config(pair: Any, out: Path, **settings: Any) -> AlignConfig:
@@ -147,6 +155,95 @@ def test_other_settings_are_refused_before_anything_is_written(
     after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     changed = [path.name for path in before if after[path] != before[path]]
     assert changed in ([], [".scan.jsonl"])
+
+
+def test_settings_of_the_training_redo_the_student_alone(run: tuple[Path, Any], tiny_pair: Any, tmp_path: Path) -> None:
+    out = tmp_path / run[0].name
+    shutil.copytree(run[0], out)
+    asked = files_of(out, "annotations", "cases")
+    adapter = (out / "student" / "adapter_model.safetensors").read_bytes()
+    result = align(config(tiny_pair, out, rank=4, epochs=1))
+    assert files_of(out, "annotations", "cases") == asked
+    assert json.loads((out / "student" / "adapter_config.json").read_text())["r"] == 4
+    assert result.training == run[1].training
+    # The one that was finished is not lost, and can still be used.
+    assert (out / "student-old-1" / "adapter_model.safetensors").read_bytes() == adapter
+    # One that was not finished is no loss.
+    (out / "student" / "metrics.json").unlink()
+    align(config(tiny_pair, out, rank=8, epochs=1, select="all", mix=0))
+    assert sorted(path.name for path in out.glob("student*")) == ["student", "student-old-1"]
+    assert files_of(out, "annotations", "cases") == asked
+
+
+def files_of(out: Path, *folders: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for name in folders for path in sorted((out / name).iterdir())}
+
+
+def test_a_second_round_asks_what_the_first_one_trained(run: tuple[Path, Any], tiny_pair: Any, tmp_path: Path) -> None:
+    """From a finished run, of which nothing is asked or trained again."""
+    out = tmp_path / run[0].name
+    shutil.copytree(run[0], out)
+    first = {name: path.read_bytes() for path in (out / "student").iterdir() if (name := path.name) != "stage.json"}
+    result = align(config(tiny_pair, out, rounds=2))
+    assert {name: (out / "student-round-1" / name).read_bytes() for name in first} == first
+    assert not list(out.glob("student-old-*"))
+    before, after = (list(read_parts(out / name, Case)) for name in ("cases-round-1", "cases"))
+    assert [(case.id, case.teacher_answer) for case in before] == [(case.id, case.teacher_answer) for case in after]
+    assert [case.student_answer for case in before] != [case.student_answer for case in after]
+    assert [counts.verdicts for counts, _ in result.earlier] == [run[1].verdicts]
+    # It went on from the first one's weights.
+    assert result.metrics["before"]["holdout_loss"] < run[1].metrics["before"]["holdout_loss"]
+    assert "round        2 of 2" in result.summary()
+    log = json.loads((out / "run.json").read_text())
+    assert list(log["stages"]) == [
+        *("samples", "annotate", "identify", "select", "level"),
+        *("identify-2", "select-2", "level-2"),
+    ]
+    everything = files_of(out, "cases", "cases-round-1", "student", "student-round-1")
+    assert align(config(tiny_pair, out, rounds=2)) == result
+    assert files_of(out, "cases", "cases-round-1", "student", "student-round-1") == everything
+    # And back: the first round is the last one again.
+    assert align(config(tiny_pair, out)).metrics == run[1].metrics
+    assert {name: (out / "student" / name).read_bytes() for name in first} == first
+
+
+def bundle_of(model: Path, folder: Path) -> Path:
+    """A GGUF bundle of a model, without the checks that an export makes."""
+    folder.mkdir()
+    files, _ = to_gguf(model, {"q8_0": folder}, Names("tiny"))["q8_0"]
+    settings, processor = read_config(model), load_processor(model)
+    family = family_of(settings)
+    manifest = Bundle(
+        name="tiny-q8_0",
+        family=family.name,
+        engine="llama.cpp",
+        quantization="q8_0",
+        files=tuple(files),
+        image=family.image_settings(settings, processor),
+        prompt=family.prompt_settings(settings, processor, "{question}", 12),
+        source=Source(student="tiny", tool_version="0"),
+    )
+    write_bundle(folder, manifest)
+    return folder
+
+
+def test_a_bundle_is_asked_in_the_students_place(tiny_pair: Any, tmp_path: Path) -> None:
+    bundle = bundle_of(tiny_pair.student, tmp_path / "bundle")
+    result = align(config(tiny_pair, tmp_path / "run", ask=str(bundle), limit=12, epochs=1))
+    assert result.adapter.joinpath("adapter_model.safetensors").exists()
+    log = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert log["ask"]["engine"] == "llama.cpp"
+    stage = json.loads((tmp_path / "run" / "cases" / "stage.json").read_text())
+    assert stage["fingerprint"]["student"]["engine"] == "llama.cpp"
+    cases = list(read_parts(tmp_path / "run" / "cases", Case))
+    samples = {row.id: row.path for row in read_rows(tmp_path / "run" / "samples.jsonl", Sample)}
+    with load(bundle) as vlm:
+        prompt = task_named("reference").prompt(cases[0].question)
+        decoding = Decoding(max_new_tokens=task_named("reference").max_new_tokens)
+        image = open_image(samples[cases[0].sample_id])
+        assert vlm.answer([image], [prompt], decoding)[0].text == cases[0].student_answer
+    with pytest.raises(FingerprintMismatch, match="--ask: was 'a bundle', is None"):
+        align(config(tiny_pair, tmp_path / "run", limit=12, epochs=1))
 
 
 def test_fresh_starts_over_and_leaves_other_files(run: tuple[Path, Any], tiny_pair: Any, tmp_path: Path) -> None:
