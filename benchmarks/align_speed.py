@@ -4,8 +4,9 @@
 
 (a) `annotate_identify`: the plain loop puts one question at a time, and encodes the picture for each: annotation,
 self-check, student. Ours asks in batches and encodes a picture once per model.
-(b) `train`: the frozen vision tower is run for every batch, or once per picture, before the first step. The one-off
-cost is counted in, spread over the default number of epochs; `train_step` leaves it out.
+(b) `train`: the frozen vision tower is run for every batch, or its features come from the cache. Counted is a training
+of the default number of epochs, after the student was asked about the pictures; `train_from_nothing` is one whose
+pictures are new to it, `train_step` a step alone.
 
 Both ways do the same work with the same weights in one process and take turns (A B A B); the medians are compared. The
 answers must be the same: `same_answers` is their share. What reusing features can win is bounded by the share of the
