@@ -79,7 +79,7 @@ class Lines:
     def tell(self, done: int, of: int) -> None:
         """So many are done, of so many."""
         now = time.monotonic()
-        if now - self._last < INSTANT and self._told == self._done:
+        if now - self._start < INSTANT:
             self._told = done  # found on disk by a resume: no work, which would spoil the rate
         self._done, self._of = done, of
         if now - self._last >= SECONDS_PER_LINE and done < of:
