@@ -208,8 +208,8 @@ class TransformersVlm:
         }
 
     def close(self) -> None:
-        """Drop the model and give its memory back."""
-        self.model = None
+        """Drop the model and what is kept of pictures, and give the memory back."""
+        self.model = self._features = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,3 +235,12 @@ def test_a_picture_is_known_by_its_pixels(picture: Callable[..., Image.Image]) -
     same, turned, other = image.copy(), Image.frombytes("RGB", (30, 20), image.tobytes()), picture(20, 30, 2)
     assert digest_of(same) == digest_of(image)
     assert len({digest_of(item) for item in (image, turned, other)}) == 3
+
+
+def test_closing_gives_the_features_back(vlm: TransformersVlm, pictures: list[Image.Image]) -> None:
+    inputs = vlm.encode_with_features(pictures, PROMPTS)
+    features = weakref.ref(inputs["mm_encoder_outputs"]["image"].pooler_output[0])
+    del inputs
+    assert features() is not None
+    vlm.close()
+    assert features() is None
