@@ -159,8 +159,8 @@ def ask(
 
 
 @app.command(
-    epilog="Example: mpa-edge serve runs/shop/bundles/gguf-q8_0 --port 8000",
-    short_help="Serve a bundle behind the OpenAI API.",
+    epilog="Example: mpa-edge serve runs/shop/bundles/gguf-q8_0, then open http://127.0.0.1:8000",
+    short_help="Serve a bundle: the OpenAI API, and a page to try it.",
 )
 def serve(
     bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge export made.")],
@@ -179,7 +179,7 @@ def serve(
         bool, typer.Option("--remote/--no-remote", help="Fetch pictures that a request names by their address.")
     ] = True,
 ) -> None:
-    """Serve a bundle: OpenAI's chat completions and models under /v1, /health and /metrics."""
+    """Serve a bundle: OpenAI's chat completions and models under /v1, a page to try it at /, /health and /metrics."""
     from mpa_edge.errors import require
 
     require("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client"))

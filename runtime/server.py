@@ -1,4 +1,4 @@
-"""A bundle behind the OpenAI API: POST /v1/chat/completions, GET /v1/models, /health, /metrics.
+"""A bundle behind the OpenAI API: POST /v1/chat/completions, GET /v1/models, /health, /metrics, and a page at /.
 
 The model belongs to one thread (`worker.py`); in front of it are a bounded number of places (`gate.py`). What a client
 gets beyond OpenAI's fields is under the key `mpa_edge`: milliseconds by phase and the answer's log-probability.
@@ -30,6 +30,7 @@ from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.chat_request import ChatRequest, parse
 from mpa_edge.runtime.gate import BodyTooLarge, Gate, problem, read_body
 from mpa_edge.runtime.metrics import Metrics
+from mpa_edge.runtime.page import page
 from mpa_edge.runtime.remote_image import fetch
 from mpa_edge.runtime.vlm import Answer
 from mpa_edge.runtime.worker import Job, Worker
@@ -102,6 +103,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await _chat(service, request)
+
+    @app.get("/")
+    async def index() -> Response:
+        return page(service.vlm.bundle)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

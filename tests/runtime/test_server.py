@@ -7,12 +7,11 @@ import io
 import json
 import socket
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,75 +20,22 @@ import numpy as np
 import openai
 import psutil
 import pytest
-import uvicorn
 from tokenizers import Tokenizer
 
-from mpa_edge.bundle import Bundle, Source
+from mpa_edge.bundle import Bundle
 from mpa_edge.errors import InputError
-from mpa_edge.export.families import family_of, read_config
-from mpa_edge.export.merged import Names
-from mpa_edge.export.to_gguf import to_gguf
-from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.engine import Features, Logits, Tiles
 from mpa_edge.runtime.prompts import Turn
-from mpa_edge.runtime.server import LOOPBACK, create_app, is_loopback, key_from
+from mpa_edge.runtime.server import LOOPBACK, is_loopback, key_from
 
+Running = Callable[..., AbstractContextManager[tuple[str, Any]]]
 QUESTION = "What does the sign say?"
 web = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=30)
 
 
-@contextmanager
-def running(vlm: BundleVlm, **options: Any) -> Iterator[tuple[str, uvicorn.Server]]:
-    """The address of a server in a thread, and the server; stopped as a signal would."""
-    app = create_app(vlm, **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=20))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", server
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def wait_for(fact: Callable[[], Any], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < end, "it does not come true"
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
-def manifest(tiny_one_tile: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
-    from transformers import AutoProcessor
-
-    folder = tmp_path_factory.mktemp("served") / "f16"
-    processor, config = AutoProcessor.from_pretrained(tiny_one_tile), read_config(tiny_one_tile)
-    family = family_of(config)
-    files, _ = to_gguf(tiny_one_tile, {"f16": folder}, Names("tiny"))["f16"]
-    return folder, Bundle(
-        name="tiny-f16",
-        family=family.name,
-        engine="llama.cpp",
-        quantization="f16",
-        files=tuple(files),
-        image=family.image_settings(config, processor),
-        prompt=family.prompt_settings(config, processor, "Q: {question}", 8),
-        source=Source(student="tiny", tool_version="0"),
-    )
-
-
-@pytest.fixture(scope="module")
-def vlm(manifest: tuple[Path, Bundle]) -> Iterator[BundleVlm]:
-    with open_bundle(*manifest, threads=1) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def address(vlm: BundleVlm) -> Iterator[str]:
+def address(vlm: BundleVlm, running: Running) -> Iterator[str]:
     with running(vlm, max_queue=8, hosts=LOOPBACK) as (url, _):
         yield url
 
@@ -97,6 +43,13 @@ def address(vlm: BundleVlm) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def wait_for(fact: Callable[[], Any], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.01)
 
 
 def png(image: Any) -> bytes:
@@ -152,10 +105,10 @@ class Slow:
 
 
 @pytest.fixture
-def slow(manifest: tuple[Path, Bundle], tiny_one_tile: Path) -> tuple[BundleVlm, Slow]:
+def slow(served: tuple[Path, Bundle], tiny_one_tile: Path) -> tuple[BundleVlm, Slow]:
     tokenizer = Tokenizer.from_file(str(tiny_one_tile / "tokenizer.json"))
     engine = Slow(tokenizer.encode("a").ids[0], tokenizer.get_vocab_size())
-    return BundleVlm(manifest[1], engine, tokenizer), engine
+    return BundleVlm(served[1], engine, tokenizer), engine
 
 
 def test_the_official_client_gets_what_ask_gives(client: openai.OpenAI, vlm: BundleVlm, picture: Any) -> None:
@@ -288,7 +241,7 @@ def test_pages_from_elsewhere_cannot_ask(address: str) -> None:
     assert web.options(url, headers={"origin": "http://evil.example"}).status_code == 405
 
 
-def test_a_key_is_asked_for(slow: tuple[BundleVlm, Slow]) -> None:
+def test_a_key_is_asked_for(slow: tuple[BundleVlm, Slow], running: Running) -> None:
     with running(slow[0], api_keys=["s3cret", "other"]) as (url, _):
         assert web.get(f"{url}/health").status_code == 200
         for wrong in ({}, {"authorization": "Bearer no"}, {"authorization": "s3cret"}, {"authorization": "Bearer é"}):
@@ -329,7 +282,7 @@ def test_sixty_four_clients_at_once_lose_nothing(address: str, vlm: BundleVlm, p
     wait_for(lambda: metric(address, "mpa_edge_requests_inside") == 0)
 
 
-def test_a_full_queue_says_when_to_come_back(slow: tuple[BundleVlm, Slow], picture: Any) -> None:
+def test_a_full_queue_says_when_to_come_back(slow: tuple[BundleVlm, Slow], picture: Any, running: Running) -> None:
     body = {"messages": [turn(data_url(png(picture(70, 50))))], "max_tokens": 60}
     with running(slow[0], max_queue=1) as (url, _), ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda _: web.post(f"{url}/v1/chat/completions", json=body, timeout=30), range(8)))
@@ -339,7 +292,7 @@ def test_a_full_queue_says_when_to_come_back(slow: tuple[BundleVlm, Slow], pictu
         assert metric(url, 'mpa_edge_tokens_total{kind="new"}') == 120
 
 
-def test_who_leaves_is_not_answered(slow: tuple[BundleVlm, Slow], picture: Any) -> None:
+def test_who_leaves_is_not_answered(slow: tuple[BundleVlm, Slow], picture: Any, running: Running) -> None:
     """While its answer streams, while it is computed, and while it waits."""
     vlm, engine = slow
     body = {"messages": [turn(data_url(png(picture(70, 50))))], "max_tokens": 900}
@@ -362,7 +315,7 @@ def test_who_leaves_is_not_answered(slow: tuple[BundleVlm, Slow], picture: Any) 
         assert metric(address, "mpa_edge_requests_inside") == 0
 
 
-def test_a_stop_lets_the_answer_finish(slow: tuple[BundleVlm, Slow], picture: Any) -> None:
+def test_a_stop_lets_the_answer_finish(slow: tuple[BundleVlm, Slow], picture: Any, running: Running) -> None:
     body = {"messages": [turn(data_url(png(picture(70, 50))))], "max_tokens": 50}
     with running(slow[0]) as (address, server), ThreadPoolExecutor(1) as pool:
         asked = pool.submit(web.post, f"{address}/v1/chat/completions", json=body, timeout=30)
@@ -371,7 +324,7 @@ def test_a_stop_lets_the_answer_finish(slow: tuple[BundleVlm, Slow], picture: An
         assert asked.result().json()["usage"]["completion_tokens"] == 50
 
 
-def test_a_model_that_fails_costs_one_answer(slow: tuple[BundleVlm, Slow], picture: Any) -> None:
+def test_a_model_that_fails_costs_one_answer(slow: tuple[BundleVlm, Slow], picture: Any, running: Running) -> None:
     vlm, engine = slow
     body = {"messages": [turn(data_url(png(picture(70, 50))))]}
     with running(vlm) as (address, _):
