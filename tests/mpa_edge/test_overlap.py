@@ -163,6 +163,14 @@ def test_a_rotated_photo_is_seen_upright(tmp_path: Path) -> None:
     assert np.array_equal(turned, upright)
 
 
+def test_pictures_of_almost_one_colour_are_no_copies_of_each_other() -> None:
+    shades = np.random.default_rng(0).integers(-2, 3, (3, EDGE, EDGE, 3))
+    flat = np.stack([np.full((EDGE, EDGE, 3), (number, 100, 200)) for number in (0, 3, 3, 250, 3, 8)])
+    flat[3:] += shades
+    pictures = flat.clip(0, 255).astype(np.uint8)
+    assert [place for place, _ in nearest_copies(pictures[::2], pictures[1::2])] == [None, None, None]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_tests_of_few_pictures(count: int) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (4, EDGE, EDGE, 3)).astype(np.uint8)
