@@ -84,11 +84,6 @@ class Sampler:
             groups[kind] = _Lowest(self._limit)
         groups[kind].add(shown)
 
-    @property
-    def held(self) -> int:
-        """How many rows are in memory."""
-        return sum(len(lowest.heap) for groups in self._groups.values() for lowest in groups.values())
-
     def picked(self) -> list[Shown]:
         """The rows in the order of the page: by verdict, by kind, by hash."""
         order = [verdict for verdict in VERDICTS if verdict in self._groups]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import random
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
@@ -386,33 +387,35 @@ def test_the_page_is_the_same_whatever_the_order_of_rows(tmp_path: Path) -> None
     assert pages[0] == pages[1]
 
 
-def test_cards_are_spread_over_verdicts_and_reasons() -> None:
-    rows = [Shown(case(number)) for number in range(1000)]
-    rows += [Shown(annotation(n, "rare" if n < 1003 else "common")) for n in range(1000, 1500)]
-    sampler, another = Sampler(100), Sampler(100)
+def sampled(rows: Iterable[Shown]) -> tuple[list[Shown], int]:
+    """The rows that get a card of 100, and how many rows were held to find them."""
+    sampler = Sampler(100)
     for row in rows:
         sampler.add(row)
-    for row in reversed(rows):
-        another.add(row)
-    shown = sampler.picked()
-    assert Counter(row.verdict for row in shown) == dict.fromkeys(
-        ("parity", "agree", "unconfirmed", "error", "rejected"), 20
-    )
+    return sampler.picked(), sum(isinstance(thing, Shown) for thing in gc.get_objects())
+
+
+def test_cards_are_spread_over_verdicts_and_reasons() -> None:
+    def rows(numbers: Iterable[int]) -> Iterator[Shown]:
+        for n in numbers:
+            yield Shown(case(n)) if n < 3000 else Shown(annotation(n, "rare" if n < 3003 else "common"))
+
+    shown, held = sampled(rows(range(4000)))
+    verdicts = ("parity", "agree", "unconfirmed", "error", "rejected")
+    assert Counter(row.verdict for row in shown) == dict.fromkeys(verdicts, 20)
     assert Counter(row.reason for row in shown if row.verdict == "rejected") == {"rare": 3, "common": 17}
-    assert another.picked() == shown
-    assert sampler.held <= 6 * 100
-    assert Sampler(10).picked() == []
+    assert sampled(rows(reversed(range(4000))))[0] == shown
+    assert held < 6 * 100
+    assert sampled([])[0] == []
 
 
 def test_reasons_without_end_are_not_all_held() -> None:
-    rows = [Shown(replace(case(4), id=f"{n}", reason=f"HTTP 500: request {n} failed")) for n in range(2000)]
-    sampler, another = Sampler(100), Sampler(100)
-    for row in rows:
-        sampler.add(row)
-    for row in reversed(rows):
-        another.add(row)
-    assert sampler.held == MOST_REASONS
-    assert sampler.picked() == another.picked()
+    def rows(numbers: Iterable[int]) -> Iterator[Shown]:
+        return (Shown(replace(case(4), id=f"{n}", reason=f"HTTP 500: request {n} failed")) for n in numbers)
+
+    shown, held = sampled(rows(range(2000)))
+    assert len(shown) == MOST_REASONS <= held < 100
+    assert sampled(rows(reversed(range(2000))))[0] == shown
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
