@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from mpa_edge.audit import audit_run
 from mpa_edge.config import AlignConfig
-from mpa_edge.digests import digest_of_trained
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError, require
 from mpa_edge.models import ADAPTER, open_vlm
 from mpa_edge.progress import progress, say
@@ -175,7 +174,7 @@ def _ask_again(config: AlignConfig, maker: TrainingSetMaker, number: int) -> Non
     folder = maker.round(number - 1).student
     student = _open_student(config, str(folder))
     try:
-        maker.ask_again(number, student, digest_of_trained(folder))
+        maker.ask_again(number, student)
     finally:
         student.close()
 

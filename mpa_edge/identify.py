@@ -86,17 +86,16 @@ class Identifier:
 @dataclass(frozen=True)
 class Reidentifier:
     """A student that is asked what was asked before, once more: the cases of the first round with its new answers. The
-    teacher's stand, whatever the student has become. `state` says what it has become."""
+    teacher's stand, whatever the student has become."""
 
     student: Vlm
-    state: str
     task: Task
     match: Match = "official"
 
     def fingerprint(self) -> dict[str, Any]:
         """What shapes the cases besides those of the first round, as JSON."""
         rule = _rule(self.task, metric_of(self.task, self.match))
-        return {"stage": "identify again", "student": {**self.student.describe(), "state": self.state}, **rule}
+        return {"stage": "identify again", "student": self.student.describe(), **rule}
 
     def cases(self, first: Sequence[Case], pictures: Mapping[str, Path], known: Sequence[Case] = ()) -> list[Case]:
         """The cases of the first round's, in order; where the teacher failed or needs no picture, they stay."""

@@ -273,7 +273,7 @@ def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
 def _measure(config: AlignConfig, task: Task, samples: list[Sample], teacher: Vlm, asked: Vlm) -> _Measured:
     annotator = Annotator(teacher, task, config.questions, config.temperature, config.seed)
     identifier = Identifier(teacher, asked, task, config.match, config.votes, config.blind, config.seed)
-    reidentifier = Reidentifier(asked, "", task, config.match)
+    reidentifier = Reidentifier(asked, task, config.match)
 
     def run(batch: list[Sample]) -> _Batch:
         paths = {sample.id: Path(sample.path) for sample in batch}

@@ -118,13 +118,11 @@ class TrainingSetMaker:
     def scan(self) -> Scanned:
         """Find the usable pictures. Nothing of an earlier run is deleted before there are some."""
         config, run = self._config, self._run
-        if config.fresh:
-            delete(run.path / ".scan.jsonl")
         samples, skipped, shared = _scan(config, run)
         if config.fresh:
             run.clear()
         else:
-            _refuse_other_pictures(run, samples)
+            _refuse_other_pictures(config, run, samples)
             _move_rounds(run, config.rounds)
         self._log = RunLog(run.path / RUN, **self._content)
         with self._log.stage("samples") as facts:
@@ -177,9 +175,9 @@ class TrainingSetMaker:
             with self.log.clock("identify"):
                 cases.fill(number, lambda known: identifier.cases(usable, _paths(samples), known))
 
-    def ask_again(self, number: int, student: Vlm, state: str) -> None:
-        """Identify round `number`, from 2: ask what the student has become; `state` says what that is."""
-        again = Reidentifier(student, state, self._task, self._config.match)
+    def ask_again(self, number: int, student: Vlm) -> None:
+        """Identify round `number`, from 2: ask what the student has become."""
+        again = Reidentifier(student, self._task, self._config.match)
         first, folder = Parts(self._first.cases, Case), self.round(number).cases
         fingerprint = again.fingerprint() | {"cases": digest_of_stage(self._first.cases)}
         try:
@@ -349,15 +347,20 @@ def _models(content: dict[str, Any]) -> dict[str, Any]:
     return {side: {**(values or {}), "name": None} for side, values in sides.items()}
 
 
-def _refuse_other_pictures(run: RunFolder, samples: Sequence[Sample]) -> None:
+def _refuse_other_pictures(config: AlignConfig, run: RunFolder, samples: Sequence[Sample]) -> None:
     if not run.samples.exists() or not run.annotations.exists():
         return
     before = [row.sha256 for row in read_rows(run.samples, Sample)]
     now = [sample.sha256 for sample in samples]
-    if before != now:
-        new = len(set(now) - set(before))
-        difference = (f"{len(before)} pictures", f"{len(now)} pictures, {new} of them new")
-        raise FingerprintMismatch(run.path, {"--images": difference})
+    if before == now:
+        return
+    difference = (f"{len(before)} pictures", f"{len(now)} pictures, {len(set(now) - set(before))} of them new")
+    then = read_run(run.path).get("config", {}) if (run.path / RUN).exists() else {}
+    causes = {
+        f"--{name.replace('_', '-')}": (then.get(name), getattr(config, name)) for name in ("test", "keep_shared")
+    }
+    other = {flag: pair for flag, pair in causes.items() if then and pair[0] != pair[1]}
+    raise FingerprintMismatch(run.path, {"--images": difference, **other})
 
 
 def _move_rounds(run: RunFolder, rounds: int) -> None:

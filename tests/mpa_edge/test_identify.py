@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mpa_edge.asking import GREY
-from mpa_edge.fake import FakeVlm
+from mpa_edge.fake import FakeSettings, FakeVlm
 from mpa_edge.identify import Identifier, Reidentifier, case_of, verdict_of
 from mpa_edge.models import open_vlm
 from mpa_edge.records import Annotation, Case
@@ -202,11 +202,12 @@ def test_a_further_round_asks_the_student_alone(pictures: dict[str, Path]) -> No
         first("red", "error", "student: out of memory"),
     ]
     student = Told(lambda *_: "red")
-    found = Reidentifier(student, "a1", TASK).cases(cases, pictures)
+    found = Reidentifier(student, TASK).cases(cases, pictures)
     assert [case.verdict for case in found] == ["agree", "parity", "unconfirmed", "blind", "error", "unconfirmed"]
     assert [case.student_answer for case in found] == ["red", "red", "red", "old", "old", "red"]
     assert len(student.prompts) == 4
-    assert Reidentifier(student, "a1", TASK).fingerprint() != Reidentifier(student, "a2", TASK).fingerprint()
+    other = FakeVlm(settings=FakeSettings(seed=1))
+    assert Reidentifier(other, TASK).fingerprint() != Reidentifier(student, TASK).fingerprint()
 
 
 def test_two_real_models(tiny_pair: Any, tmp_path: Path) -> None:

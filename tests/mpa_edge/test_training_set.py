@@ -225,6 +225,8 @@ def test_pictures_of_the_test_are_kept_out_unless_asked_for(photos: Path, tmp_pa
     skipped = (tmp_path / "run" / "skipped.jsonl").read_text()
     assert "111.png" in skipped
     kept = make(photos, tmp_path / "kept", test=str(tmp_path / "test.jsonl"), keep_shared=True)
+    with pytest.raises(FingerprintMismatch, match=r"--images: was .*--test: was .*, is None"):
+        make(photos, tmp_path / "run")
     assert (kept.scanned.pictures, kept.scanned.shared, kept.scanned.skipped) == (30, made.scanned.shared, {})
 
 
