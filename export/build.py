@@ -116,9 +116,10 @@ def _convert(
 
 def _verify_and_place(bundle: Bundle, folder: Path, target: Path, reference: Any, workshop: Workshop) -> Path:
     from mpa_edge.export.verify import verify
+    from mpa_edge.runtime import selfcheck
 
     with open_bundle(folder, bundle) as vlm:
-        checks = {**bundle.checks, "verify": verify(vlm, reference)}
+        checks = {**bundle.checks, "verify": verify(vlm, reference), selfcheck.NAME: selfcheck.record(vlm)}
     (folder / "README.md").write_text(_readme(bundle))
     files = (*bundle.files, describe_file(folder, "README.md", "readme"))
     write_bundle(folder, bundle.model_copy(update={"checks": checks, "files": files}))

@@ -159,6 +159,45 @@ def ask(
 
 
 @app.command(
+    epilog="Example: mpa-edge inspect runs/shop/bundles/gguf-q8_0",
+    short_help="Tell what a bundle is, and what each picture size costs.",
+)
+def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge export made.")]) -> None:
+    """Tell what a bundle is and where it came from, and how many tiles and tokens a picture takes at each size."""
+    from mpa_edge.runtime.inspect import report
+
+    typer.echo(report(bundle))
+
+
+@app.command(
+    epilog="Example: mpa-edge selfcheck runs/shop/bundles/gguf-q8_0",
+    short_help="Check that a bundle answers here as where it was made.",
+)
+def selfcheck(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge export made.")],
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's choice.")] = None,
+) -> None:
+    """Check a bundle's files, and replay the samples in its manifest; exit code 1 unless all is equal."""
+    from mpa_edge.runtime.selfcheck import selfcheck as run_selfcheck
+
+    outcome = run_selfcheck(bundle, threads=threads)
+    typer.echo("\n".join(outcome.lines()))
+    if not outcome.passed:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Example: mpa-edge doctor",
+    short_help="Tell what this machine has, and what to export for it.",
+)
+def doctor() -> None:
+    """Tell which engines and accelerators this machine has, and which format and quantization to begin with."""
+    from mpa_edge.runtime.doctor import look_around, report
+
+    typer.echo(report(look_around()))
+
+
+@app.command(
     epilog="Example: mpa-edge serve runs/shop/bundles/gguf-q8_0, then open http://127.0.0.1:8000",
     short_help="Serve a bundle: the OpenAI API, and a page to try it.",
 )

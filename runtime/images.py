@@ -76,6 +76,15 @@ def tiles_of(image: Image.Image, settings: ImageSettings) -> tuple[NDArray[np.ui
     return np.concatenate([pixels, overview]), rows, columns
 
 
+def grid_of(size: tuple[int, int], settings: ImageSettings) -> tuple[int, int]:
+    """The grid's rows and columns of a picture (width, height), as `tiles_of` cuts it; (0, 0) where it is one tile."""
+    if not settings.split:
+        return 0, 0
+    width, height = _whole_tiles_size(_longest_edge_size(size, settings.longest_edge), settings.tile_size)
+    rows, columns = height // settings.tile_size, width // settings.tile_size
+    return (0, 0) if rows == columns == 1 else (rows, columns)
+
+
 def normalise(tiles: NDArray[np.uint8], settings: ImageSettings) -> NDArray[np.float32]:
     """The model's pixel values: uint8 (tiles, height, width, 3) -> float32 (tiles, 3, height, width).
 

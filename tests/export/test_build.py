@@ -22,6 +22,7 @@ from mpa_edge.export.build import export
 from mpa_edge.export.samples import run_questions
 from mpa_edge.records import Case, Sample, write_rows
 from mpa_edge.runtime import load
+from mpa_edge.runtime.selfcheck import selfcheck
 from mpa_edge.tasks import task_named
 
 SAMPLES = 4
@@ -82,6 +83,7 @@ def test_a_bundle_answers(bundles: list[Path], run: Path) -> None:
         answer = vlm.ask(run / "pictures" / "0.png", "What is it?")
     assert answer.finish_reason in ("stop", "length")
     assert answer.timings.total > 0
+    assert selfcheck(bundles[0], threads=1).passed
 
 
 def test_the_merged_model_is_used_again_until_the_adapter_changes(

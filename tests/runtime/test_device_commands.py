@@ -1,0 +1,151 @@
+"""What is told about a bundle and a machine, and whether a bundle answers as it did where it was made."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mpa_edge.bundle import Bundle, describe_file, read_bundle, write_bundle
+from mpa_edge.cli import app
+from mpa_edge.errors import BundleError
+from mpa_edge.runtime import doctor, inspect, selfcheck
+from mpa_edge.runtime.bundle_vlm import BundleVlm
+from mpa_edge.runtime.images import grid_of, tiles_of
+
+BOARD = doctor.Machine("Linux", "aarch64", 4, 8000, engines={"llama.cpp": "1", "onnxruntime": None})
+
+
+@pytest.fixture
+def folder(served: tuple[Path, Bundle], vlm: BundleVlm, tmp_path: Path) -> Path:
+    """A bundle with samples recorded, as export leaves it."""
+    made = Path(shutil.copytree(served[0], tmp_path / "bundle"))
+    write_bundle(made, served[1].model_copy(update={"checks": {selfcheck.NAME: selfcheck.record(vlm)}}))
+    return made
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change the first recorded sample."""
+    bundle = read_bundle(folder)
+    first, *rest = bundle.checks[selfcheck.NAME]
+    write_bundle(folder, bundle.model_copy(update={"checks": {selfcheck.NAME: [{**first, **changes}, *rest]}}))
+
+
+def test_a_bundle_answers_as_it_did(folder: Path) -> None:
+    outcome = selfcheck.selfcheck(folder, threads=1)
+    assert outcome.passed
+    assert outcome.lines() == ["4 of 4 samples are as they were where the bundle was made; log-probabilities within 0"]
+    assert CliRunner().invoke(app, ["selfcheck", str(folder), "--threads", "1"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"tokens": [5]}, "answer"), ({"pixels": "0"}, "pixels"), ({"prompt": "0", "tokens": []}, "prompt and answer")],
+)
+def test_what_differs_is_told_and_fails(folder: Path, changes: dict[str, Any], what: str) -> None:
+    rewrite(folder, **changes)
+    result = CliRunner().invoke(app, ["selfcheck", str(folder), "--threads", "1"])
+    assert result.exit_code == 1
+    assert f"{selfcheck.QUESTIONS[0]!r}: {what} differ" in result.output
+    assert "3 of 4 samples" in result.output
+
+
+def test_a_bundle_without_samples_or_with_damage_says_so(folder: Path) -> None:
+    bundle = read_bundle(folder)
+    write_bundle(folder, bundle.model_copy(update={"checks": {}}))
+    with pytest.raises(BundleError, match="export it again"):
+        selfcheck.selfcheck(folder)
+    write_bundle(folder, bundle.model_copy(update={"checks": {selfcheck.NAME: [{"picture": "x"}]}}))
+    with pytest.raises(BundleError, match="samples are damaged"):
+        selfcheck.selfcheck(folder)
+    write_bundle(folder, bundle)
+    file = bundle.path_of(folder, "tokenizer")
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match="sha256 differs"):
+        selfcheck.selfcheck(folder)
+
+
+def test_the_samples_pictures_never_change() -> None:
+    """Their digests are in manifests out there."""
+    import hashlib
+
+    digests = [hashlib.sha256(selfcheck.picture(number).tobytes()).hexdigest()[:12] for number in range(4)]
+    assert digests == ["450c77c76b00", "ea8a1c7d5958", "50cfe17084e1", "e3c4a8314bc6"]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("size", [(64, 64), (640, 480), (30, 400), (400, 30), (333, 334), (1, 1)])
+def test_the_grid_is_the_one_that_tiles_are_cut_in(
+    size: tuple[int, int], split: bool, served: tuple[Path, Bundle], picture: Any
+) -> None:
+    settings = served[1].image.model_copy(update={"longest_edge": 256, "split": split})
+    assert grid_of(size, settings) == tiles_of(picture(*size), settings)[1:]
+
+
+def test_costs_are_those_of_real_prompts(
+    folder: Path, served: tuple[Path, Bundle], vlm: BundleVlm, picture: Any
+) -> None:
+    image = served[1].image.model_copy(update={"split": True, "longest_edge": 128})
+    found = inspect.costs(folder, served[1].model_copy(update={"image": image}))
+    assert {cost.longest_edge for cost in found} >= {64, 128, 192}
+    for cost in found:
+        shape = picture(*(edge // 10 for edge in inspect.SHAPES[cost.shape]))
+        settings = image.model_copy(update={"longest_edge": cost.longest_edge})
+        tiles, rows, columns = tiles_of(shape, settings)
+        assert (cost.tiles, cost.prompt_tokens) == (len(tiles), len(vlm.prompts.tokens(vlm.put(""), rows, columns)))
+        assert cost.fits == (cost.prompt_tokens < 1024)
+    assert not all(cost.fits for cost in found)
+
+
+def test_inspect_tells_a_bundle_in_words(folder: Path) -> None:
+    (folder / "note").write_text("x")
+    bundle = read_bundle(folder)
+    checks = {"verify": {"token_agreement": 0.75, "samples": 4}}
+    files = (*bundle.files, describe_file(folder, "note", "readme"))
+    write_bundle(folder, bundle.model_copy(update={"checks": checks, "files": files}))
+    told = CliRunner().invoke(app, ["inspect", str(folder)]).output
+    for part in ("tiny-f16: idefics3, llama.cpp, f16", "75% of 4 answers", "<- trained with", "mmproj", "note"):
+        assert part in told
+
+
+def test_doctor_tells_what_is_here() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "CPUExecutionProvider" in result.output
+    assert "export with --format" in result.output
+
+
+def test_doctor_names_what_is_missing_and_the_board() -> None:
+    told = doctor.report(BOARD)
+    assert 'onnxruntime missing; pip install "mpa-edge[onnx]"' in told
+    assert "llama.cpp   1, built for the CPU only" in told
+    jetson = doctor.Machine(**{**vars(BOARD), "board": "NVIDIA Jetson Orin Nano", "power_mode": "15W"})
+    assert "NVIDIA Jetson Orin Nano, power mode 15W" in doctor.report(jetson)
+
+
+def test_advice_follows_the_machine() -> None:
+    def advice(**changes: Any) -> tuple[str, str]:
+        given = doctor.advise(doctor.Machine(**{**vars(BOARD), **changes}))
+        assert given.reasons
+        return given.format, given.quantization
+
+    assert advice() == ("gguf", "q8_0")
+    assert advice(memory_mb=2000) == ("gguf", "q4_k_m")
+    assert advice(memory_mb=None) == ("gguf", "q8_0")
+    assert advice(engines={"llama.cpp": None, "onnxruntime": "1"}) == ("onnx", "int8")
+
+
+def test_boards_and_power_modes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").write_bytes(b"Raspberry Pi 5 Model B\0")
+    assert doctor._board(tmp_path / "model") == "Raspberry Pi 5 Model B"
+    assert doctor._board(tmp_path / "none") is None
+    program = tmp_path / "nvpmodel"
+    program.write_text("#!/bin/sh\necho 'NV Power Mode: MAXN'\necho 0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert doctor._power_mode() == "MAXN"
