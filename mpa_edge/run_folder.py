@@ -42,7 +42,6 @@ DERIVED = (
     *("samples.jsonl", "skipped.jsonl", "annotations", "cases", "collapsed.jsonl", "parity.jsonl", "student"),
     *("parity.llava.json", "parity.sharegpt.json", "dataset_info.json"),
     *("audit.html", "merged", "merged.json", "bundles"),
-    *("parity.llava.json", "parity.sharegpt.json", "dataset_info.json"),
 )
 RUN = "run.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pillow")
