@@ -52,6 +52,8 @@ class Adapter:
         write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
         settings = self._peft.peft_config["default"]
         settings.inference_mode = True
+        # peft makes a set of it, whose order on disk would be another one in each process.
+        settings.target_modules = sorted(settings.target_modules)
         settings.save_pretrained(str(folder))
 
 

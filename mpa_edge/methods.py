@@ -73,3 +73,5 @@ def set_checkpointing(model: Any, config: AlignConfig) -> None:
         # The older name is transformers' before 5.20.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        # Only reentrant checkpointing needs inputs with gradients, which would make frozen towers keep theirs.
+        model.disable_input_require_grads()

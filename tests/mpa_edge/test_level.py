@@ -181,6 +181,7 @@ def test_the_adapter_opens_on_its_base_and_answers_otherwise(
     assert Path(base_of(trained)) == tiny_one_tile.resolve()
     saved = json.loads((trained / "adapter_config.json").read_text())
     assert not saved["base_model_name_or_path"].startswith("/")
+    assert saved["target_modules"] == sorted(saved["target_modules"])  # no order of chance: digests name adapters
     aligned, base = open_vlm(str(trained), device="cpu"), open_vlm(str(tiny_one_tile), device="cpu")
     images, prompts = [open_image(e.image) for e in examples[:4]], [e.prompt for e in examples[:4]]
     decoding = Decoding(max_new_tokens=6)

@@ -238,6 +238,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(
     model = student()
     on = level(model, examples, tmp_path / "on", config(checkpointing="on", train=("language", "vision")))
     assert model.model.model.text_model.gradient_checkpointing
+    assert not model.model.get_input_embeddings()._forward_hooks  # nothing frozen is made to have gradients
     auto = student()
     off = level(auto, examples, tmp_path / "off", config(train=("language", "vision")))
     assert not auto.model.model.text_model.gradient_checkpointing  # small, and on a CPU
@@ -260,7 +261,7 @@ def test_the_rate_rises_and_falls(
     assert len(rates) == 18
     peak = rates.index(max(rates))
     assert (peak, rates[peak]) == (3, 5e-3)  # a quarter of 18 steps, from 1/4 of the peak on
-    assert rates[:5] == sorted(rates[:5])[:5] or rates[0] == pytest.approx(5e-3 / 4)
+    assert rates[0] == pytest.approx(5e-3 / 4)
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] < 0.1 * rates[peak]
 
