@@ -27,6 +27,8 @@ Progress = Callable[[int, int], object]
 
 # A picture with a shorter edge shows nothing that one could ask about.
 MIN_EDGE = 8
+# Files that the pool is given at a time.
+FILES = 1024
 # A larger file is a mistake rather than a photo, and would be read into memory whole.
 MAX_BYTES = 256 << 20
 SUFFIXES = frozenset(
@@ -81,8 +83,10 @@ def scan_images(
             checks = checks or list(_checked_rows(table, store, min_edge, limit, pool, progress))
         else:
             paths, others = _find(source)
+            names = [os.fspath(path) for path in paths]
+            del paths  # of a hundred thousand, they are large
             known = {check.path: check for check in _read_cache(cache, rules)}
-            checks = list(_checked_files(paths, known, min_edge, pool, progress))
+            checks = list(_checked_files(names, known, min_edge, pool, progress))
     if cache:
         write_rows(cache, [rules, *checks])
     samples, skipped = _drop_duplicates(checks, store)
@@ -115,13 +119,15 @@ class _Check(Record):
 
 
 def _checked_files(
-    paths: list[Path], known: dict[str, _Check], min_edge: int, pool: ThreadPoolExecutor, progress: Progress | None
+    names: list[str], known: dict[str, _Check], min_edge: int, pool: ThreadPoolExecutor, progress: Progress | None
 ) -> Iterator[_Check]:
-    found = pool.map(lambda path: _check(path, min_edge, known.get(os.fspath(path))), paths)
-    for number, check in enumerate(found, 1):
-        yield check
-        if progress:
-            progress(number, len(paths))
+    for start in range(0, len(names), FILES):  # what waits in a pool takes more memory than what comes out
+        batch = names[start : start + FILES]
+        checks = pool.map(lambda name: _check(Path(name), min_edge, known.get(name)), batch)
+        for number, check in enumerate(checks, start + 1):
+            yield check
+            if progress:
+                progress(number, len(names))
 
 
 def _checked_rows(

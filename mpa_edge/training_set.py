@@ -356,9 +356,8 @@ def _refuse_other_pictures(config: AlignConfig, run: RunFolder, samples: Sequenc
         return
     difference = (f"{len(before)} pictures", f"{len(now)} pictures, {len(set(now) - set(before))} of them new")
     then = read_run(run.path).get("config", {}) if (run.path / RUN).exists() else {}
-    causes = {
-        f"--{name.replace('_', '-')}": (then.get(name), getattr(config, name)) for name in ("test", "keep_shared")
-    }
+    flags = {"--test": "test", "--keep-shared": "keep_shared"}
+    causes = {flag: (then.get(name), getattr(config, name)) for flag, name in flags.items()}
     other = {flag: pair for flag, pair in causes.items() if then and pair[0] != pair[1]}
     raise FingerprintMismatch(run.path, {"--images": difference, **other})
 
