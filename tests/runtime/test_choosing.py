@@ -19,6 +19,7 @@ def test_log_probabilities_are_those_of_torch() -> None:
         assert log_probability(logits, token) == pytest.approx(float(wanted[token]), abs=1e-5)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_broken_logits_are_an_error(bad: float) -> None:
     with pytest.raises(ModelError, match="not finite"):
         Chooser(Decoding())(np.full(5, bad, np.float32))
