@@ -67,47 +67,62 @@ def run(
     asked = MemoVlm(student, folder / "student.jsonl")
     teacher = MemoVlm(open_vlm(str(TEACHER), batch_size=64), folder / "teacher.jsonl")
     for name, vlm in (("teacher", teacher), ("student", asked)):
-        _once(folder / f"{name}.{split.value}.json", lambda vlm=vlm: {"scores": scores_of(vlm, data)})
+        made = {"model": vlm.describe()}
+        _once(folder / f"{name}.{split.value}.json", made, lambda vlm=vlm: {"scores": scores_of(vlm, data)})
     for trial in (trial for trial in TRIALS if only in trial.name):
-        path = folder / f"{slug(trial.name)}.{split.value}.json"
-        _once(path, lambda trial=trial: run_trial(trial, seed, folder, teacher, asked, data))
+        path, config = folder / f"{slug(trial.name)}.{split.value}.json", config_of(trial, seed, folder)
+        made = {"settings": settings_of(config), "student": asked.describe(), "teacher": teacher.describe()}
+        _once(path, made, lambda trial=trial, config=config: run_trial(trial, config, teacher, asked, data))
         typer.echo(f"seed {seed}  {trial.name:32} {mean(read(path)['scores'][split.value][METRICS[0]]):.1%}")
 
 
-def run_trial(trial: Trial, seed: int, folder: Path, teacher: Vlm, asked: Vlm, data: dict[str, Path]) -> dict[str, Any]:
-    """Align as the row says, and score the student; `quantized` holds the scores of its bundle."""
-    run_folder = folder / slug(trial.name)
-    config = AlignConfig(
+def config_of(trial: Trial, seed: int, folder: Path) -> AlignConfig:
+    """The settings of a row's run."""
+    return AlignConfig(
         images=str(folder.parent / "pool"),
         teacher=str(TEACHER),
         student=str(STUDENT),
         task=TASK,
-        out=run_folder,
+        out=folder / slug(trial.name),
         seed=seed,
-        ask=str(bundle_of(STUDENT, folder / "base", trial.quant)) if trial.ask and trial.quant else None,
+        ask=str(folder / "base" / f"onnx-{trial.quant}") if trial.ask else None,
         **trial.settings,
     )
-    student = open_vlm(str(STUDENT), batch_size=64)
+
+
+def settings_of(config: AlignConfig) -> dict[str, Any]:
+    """What of the settings shapes a row, whatever the folders."""
+    paths = {"images", "teacher", "student", "out", "ask"}
+    return {name: value for name, value in config.to_json().items() if name not in paths}
+
+
+def run_trial(trial: Trial, config: AlignConfig, teacher: Vlm, asked: Vlm, data: dict[str, Path]) -> dict[str, Any]:
+    """Align as the row says, and score the student; `quantized` holds the scores of its bundle."""
+    run_folder = config.run
     if config.ask:
-        asked = MemoVlm(open_vlm(config.ask), folder / "bundle.jsonl")
-    result = align_models(config, teacher, student, asked=asked)
-    # From its files: when the run was finished before, `student` is still the untrained one.
+        _export(STUDENT, Path(config.ask))
+        asked = MemoVlm(open_vlm(config.ask), run_folder.parent / "bundle.jsonl")
+    result = align_models(config, teacher, open_vlm(str(STUDENT), batch_size=64), asked=asked)
     aligned = open_vlm(str(result.adapter), batch_size=64)
     found = {"training": result.training, "metrics": result.metrics, "scores": scores_of(aligned, data)}
     if trial.quant:
-        bundle = open_vlm(str(bundle_of(run_folder, run_folder / "bundles", trial.quant)))
+        made = run_folder / "bundles" / f"onnx-{trial.quant}"
+        # The run may have been trained anew since.
+        shutil.rmtree(made, ignore_errors=True)
+        _export(run_folder, made)
+        bundle = open_vlm(str(made))
         found["quantized"] = scores_of(bundle, {name: path for name, path in data.items() if name != "home"})
         bundle.close()
         shutil.rmtree(run_folder / "merged", ignore_errors=True)
     return found
 
 
-def bundle_of(source: Path, out: Path, quant: str) -> Path:
-    """The ONNX bundle of a run or a model, made if it is not there."""
+def _export(source: Path, bundle: Path) -> None:
+    """Make the ONNX bundle of a run or a model where it is to lie, if it is not there."""
     from mpa_edge.export.build import export
 
-    made = out / f"onnx-{quant}"
-    return made if (made / "bundle.json").is_file() else export(source, "onnx", [quant], out)[0]
+    if not (bundle / "bundle.json").is_file():
+        export(source, "onnx", [bundle.name.removeprefix("onnx-")], bundle.parent)
 
 
 def scores_of(vlm: Vlm, data: dict[str, Path]) -> dict[str, dict[str, list[float]]]:
@@ -180,9 +195,11 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _once(path: Path, make: Any) -> None:
-    if not path.is_file():
-        write_atomic(path, json.dumps(make()))
+def _once(path: Path, made: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
+    """Keep what `make` returns at `path` with what it was `made` of; nothing to do when it was made of the same."""
+    made = json.loads(json.dumps(made))
+    if not path.is_file() or read(path).get("made") != made:
+        write_atomic(path, json.dumps({"made": made, **make()}))
 
 
 if __name__ == "__main__":

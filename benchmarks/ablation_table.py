@@ -9,9 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpa_edge.benchmarks.ablation_rows import TRIALS, default_of
 from mpa_edge.benchmarks.host import host
-from mpa_edge.benchmarks.stats import mean_interval, paired_difference
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import read_questions
 from mpa_edge.tasks import task_named
@@ -37,28 +38,32 @@ PAIRS = (
     (f"{DEFAULT}, as its q4 bundle", "+ deployment-aware at q4, as its q4 bundle"),
 )
 
-Scores = list[list[float]]  # per seed, per question
+Scores = dict[int, list[float]]  # by seed: per question
+RESAMPLES = 4000
 
 
 def collect(out: Path, split: str) -> dict[str, Any]:
-    """The table as JSON: `rows` and `paired`, over the seeds that have every row they began."""
+    """The table as JSON: `rows` and `paired`. A row counts the seeds that have it, a pair those that have both."""
     from mpa_edge.benchmarks.ablation import slug
 
-    seeds = sorted(out.glob("seed-*"), key=lambda path: int(path.name.partition("-")[2]))
+    seeds = {int(path.name.partition("-")[2]): path for path in out.glob("seed-*")}
     if not seeds:
         raise InputError(f"--out {out}: no seed has been run; see python -m mpa_edge.benchmarks.ablation run --help")
     questions = read_questions(out / split / f"{split}.jsonl")
     kinds = [item.kind for item in questions]
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in ("teacher", "student", *(trial.name for trial in TRIALS)):
-        paths = [seed / f"{slug(name)}.{split}.json" for seed in seeds]
-        found[name] = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        paths = {seed: folder / f"{slug(name)}.{split}.json" for seed, folder in sorted(seeds.items())}
+        found[name] = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.is_file()}
     metric = task_named(TASK).metric
     for trial in TRIALS:
-        quantized = [{**one, "scores": one["quantized"]} for one in found[trial.name] if one.get("quantized")]
+        runs = found[trial.name].items()
+        quantized = {seed: {**one, "scores": one["quantized"]} for seed, one in runs if one.get("quantized")}
         if trial.quant and quantized:
             found[f"{trial.name}, as its {trial.quant} bundle"] = quantized
-    table = {name: [one["scores"][split][metric] for one in runs] for name, runs in found.items() if runs}
+    table = {
+        name: {seed: one["scores"][split][metric] for seed, one in runs.items()} for name, runs in found.items() if runs
+    }
     base = _per_question(table["student"])
     ends = tuple(_mean(_per_question(table[name])) for name in ("student", "teacher"))
     return {
@@ -74,9 +79,20 @@ def collect(out: Path, split: str) -> dict[str, Any]:
     }
 
 
+def interval(scores: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the mean of scores (seeds, questions): both are drawn with replacement, as another training
+    and another set of questions would be (the two-way bootstrap, Owen 2007)."""
+    draw = np.random.default_rng(seed)
+    seeds, questions = scores.shape
+    by_seed = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    by_question = draw.multinomial(questions, np.full(questions, 1 / questions), size=RESAMPLES) / questions
+    low, high = np.percentile(np.einsum("rs,sq,rq->r", by_seed, scores, by_question, optimize=True), [2.5, 97.5])
+    return round(float(low), 5), round(float(high), 5)
+
+
 def _row(
     name: str,
-    runs: Sequence[dict[str, Any]],
+    runs: dict[int, dict[str, Any]],
     scores: Scores,
     metric: str,
     split: str,
@@ -87,8 +103,7 @@ def _row(
     """`forgotten`: of the questions that the student had right, the share that is wrong now. `known_kinds`: accuracy on
     the kinds that it knew. `home`: accuracy in the domain that it was trained in."""
     per_question = _per_question(scores)
-    estimate = mean_interval(per_question)
-    assert estimate is not None
+    accuracy = _mean(per_question)
     by_kind: dict[str, list[float]] = defaultdict(list)
     base_by_kind: dict[str, list[float]] = defaultdict(list)
     for kind, score, before in zip(kinds, per_question, base, strict=True):
@@ -96,17 +111,17 @@ def _row(
         base_by_kind[kind].append(before)
     known = [score for kind, values in base_by_kind.items() if _mean(values) >= KNOWN for score in by_kind[kind]]
     had = [score for score, before in zip(per_question, base, strict=True) if before >= 0.5]
-    home = [_mean(one["scores"]["home"][metric]) for one in runs if "home" in one["scores"]]
-    sizes = [sum(one["training"].values()) for one in runs if "training" in one]
+    home = [_mean(one["scores"]["home"][metric]) for one in runs.values() if "home" in one["scores"]]
+    sizes = [sum(one["training"].values()) for one in runs.values() if "training" in one]
     return {
         "name": name,
         "seeds": len(scores),
         "train_samples": round(_mean(sizes)) if sizes else None,
-        "accuracy": round(estimate.value, 5),
-        "ci95": [round(estimate.low, 5), round(estimate.high, 5)],
-        "accuracy_by_seed": [round(_mean(one), 5) for one in scores],
-        "containment": round(_mean([_mean(one["scores"][split]["containment"]) for one in runs]), 5),
-        "gap_closed": round((estimate.value - ends[0]) / (ends[1] - ends[0]), 5),
+        "accuracy": round(accuracy, 5),
+        "ci95": interval(np.array(list(scores.values()))),
+        "accuracy_by_seed": [round(_mean(one), 5) for one in scores.values()],
+        "containment": round(_mean([_mean(one["scores"][split]["containment"]) for one in runs.values()]), 5),
+        "gap_closed": round((accuracy - ends[0]) / (ends[1] - ends[0]), 5),
         "forgotten": round(1 - _mean(had), 5),
         "known_kinds": round(_mean(known), 5) if known else None,
         "home": round(_mean(home), 5) if home else None,
@@ -115,17 +130,15 @@ def _row(
 
 
 def _pair(a: str, b: str, first: Scores, second: Scores) -> dict[str, Any]:
-    """`b` minus `a` on the same questions, over the seeds that both have; the interval resamples questions."""
-    both = min(len(first), len(second))
-    found = paired_difference(_per_question(first[:both]), _per_question(second[:both]))
-    assert found is not None
-    deltas = [round(_mean(y) - _mean(x), 5) for x, y in zip(first, second, strict=False)]
+    """`b` minus `a` on the same questions, over the seeds that both have."""
+    both = sorted(first.keys() & second.keys())
+    deltas = np.array([second[seed] for seed in both]) - np.array([first[seed] for seed in both])
     return {
         "a": a,
         "b": b,
-        "delta": round(found.value, 5),
-        "ci95": [round(found.low, 5), round(found.high, 5)],
-        "delta_by_seed": deltas,
+        "delta": round(float(deltas.mean()), 5),
+        "ci95": interval(deltas),
+        "delta_by_seed": [round(float(one.mean()), 5) for one in deltas],
         "seeds": both,
     }
 
@@ -136,17 +149,19 @@ def markdown(found: dict[str, Any]) -> str:
         f"# What each ingredient is worth ({found['split']}, {found['questions']:,} questions, reference pair)",
         "",
         f"Made by `python -m mpa_edge.benchmarks.ablation` on {found['created'][:10]}, {found['host']['cpu']}, "
-        f"{found['host']['cores']} cores. Accuracy is `{found['metric']}`, the mean over the seeds; intervals resample "
-        "questions (95%). *Forgotten*: of the questions that the student had right, the share that it has wrong now. "
+        f"{found['host']['cores']} cores. Accuracy is `{found['metric']}`, the mean over the seeds; intervals (95%) "
+        "resample seeds and questions. *Forgotten*: of the questions that the student had right, the share that it has "
+        "wrong now. "
         f"*Known kinds*: accuracy on the kinds of which the student had {KNOWN:.0%} right or more. *Home*: accuracy in "
         "the domain that the student was trained in, which the pool does not show.",
         "",
-        "| | training rows | accuracy | containment | gap closed | forgotten | known kinds | home |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|",
+        "| | seeds | training rows | accuracy | containment | gap closed | forgotten | known kinds | home |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in found["rows"]:
         cells = (
             row["name"],
+            str(row["seeds"]),
             "" if row["train_samples"] is None else f"{row['train_samples']:,}",
             f"{row['accuracy']:.1%} ({row['ci95'][0]:.1%}–{row['ci95'][1]:.1%})",
             f"{row['containment']:.1%}",
@@ -166,7 +181,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _per_question(scores: Scores) -> list[float]:
     """The mean over the seeds of each question's score."""
-    return [_mean(values) for values in zip(*scores, strict=True)]
+    return [_mean(values) for values in zip(*scores.values(), strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -37,14 +37,17 @@ class MemoVlm:
         """As `Vlm.answer`; only what is not in the file reaches the model."""
         keys = [self._key(*pair, decoding) for pair in zip(images, prompts, strict=True)]
         new = {key: place for place, key in enumerate(keys) if key not in self._known}
+        found: dict[str, dict[str, Any]] = {}
         if new:
             asked = self._vlm.answer([images[p] for p in new.values()], [prompts[p] for p in new.values()], decoding)
             with self._path.open("a", encoding="utf-8") as file:
                 for key, answer in zip(new, asked, strict=True):
                     row = {"key": key, "text": answer.text, "finish": answer.finish_reason, "error": answer.error}
-                    self._known[key] = row
-                    file.write(json.dumps(row) + "\n")
-        rows = [self._known[key] for key in keys]
+                    found[key] = row
+                    if answer.error is None:  # what failed once may answer the next time
+                        self._known[key] = row
+                        file.write(json.dumps(row) + "\n")
+        rows = [self._known.get(key) or found[key] for key in keys]
         return [Answer(row["text"], finish_reason=row["finish"], error=row["error"]) for row in rows]
 
     def describe(self) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from mpa_edge.benchmarks import ablation
 from mpa_edge.benchmarks.ablation_rows import PLAIN, TRIALS
-from mpa_edge.benchmarks.ablation_table import DEFAULT, PAIRS, collect, markdown
+from mpa_edge.benchmarks.ablation_table import DEFAULT, PAIRS, collect, interval, markdown
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import InputError
 
@@ -78,6 +79,23 @@ def test_a_pair_is_compared_question_by_question_over_all_seeds(out: Path) -> No
     assert "| + agreement mix: the default against random, of the default's size | +28.3 |" in markdown(found)
 
 
+def test_a_pair_is_of_the_seeds_that_both_have(out: Path) -> None:
+    (out / "seed-0" / f"{ablation.slug(DEFAULT)}.test.json").unlink()
+    (out / "seed-1" / f"{ablation.slug('random, of the default')}-s-size.test.json").unlink()
+    pair = next(one for one in collect(out, "test")["paired"] if one["b"] == DEFAULT and one["a"].startswith("random"))
+    assert pair["seeds"] == [10]
+    assert pair["delta_by_seed"] == [0.25]
+
+
+def test_the_interval_knows_of_seeds_and_of_questions() -> None:
+    by_question = np.tile(np.repeat([0.0, 1.0], 50), (3, 1))
+    by_seed = np.tile([[0.2], [0.5], [0.8]], (1, 100))
+    low, high = interval(by_question)
+    assert 0.38 < low < 0.42  # 1.96 standard errors of 0.05
+    assert 0.58 < high < 0.62
+    assert interval(by_seed) == (pytest.approx(0.2), pytest.approx(0.8))
+
+
 def test_a_folder_without_seeds_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ablation run"):
         collect(tmp_path, "test")
@@ -112,3 +130,6 @@ def test_a_row_is_trained_scored_and_not_done_twice(tmp_path: Path, monkeypatch:
     before = path.stat().st_mtime_ns
     assert CliRunner().invoke(ablation.app, typed).exit_code == 0
     assert path.stat().st_mtime_ns == before
+    path.write_text(json.dumps(found | {"made": {"settings": "others"}}))
+    assert CliRunner().invoke(ablation.app, typed).exit_code == 0
+    assert json.loads(path.read_text())["made"] == found["made"]

@@ -57,3 +57,11 @@ def test_a_torn_line_is_asked_again(tmp_path: Path) -> None:
     assert model.asked == 1
     assert texts(MemoVlm(model, path), Decoding()) == expected
     assert model.asked == 1
+
+
+def test_what_failed_is_asked_again(tmp_path: Path) -> None:
+    model = Counting("fake:?refuse=1")
+    memo = MemoVlm(model, tmp_path / "memo.jsonl")
+    assert all(answer.error for answer in memo.answer(PICTURES, PROMPTS, Decoding()))
+    assert all(answer.error for answer in memo.answer(PICTURES, PROMPTS, Decoding()))
+    assert model.asked == 6
