@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mpa_edge.errors import ImageError, ModelError
+from mpa_edge.errors import ImageError, InputError, ModelError
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
 
@@ -41,6 +41,17 @@ def ask(
     if len(refusals) == len(answers) >= ALL_REFUSED and not again:
         raise ModelError(f"{vlm.name} answered none of {len(answers)} prompts; the first refusal: {refusals[0]}")
     return answers
+
+
+def refuse_small_budget(vlm: Vlm, requests: int, part: str) -> None:
+    """`InputError` when one part takes more requests than `--max-requests` allows a whole run: each run would pay for
+    its beginning anew, and none would ever keep it."""
+    most = getattr(vlm, "max_requests", None)
+    if most is not None and most < requests:
+        raise InputError(
+            f"--max-requests {most}: {part} may take {requests}. "
+            "Allow more, or in a new run make the parts smaller (--chunk-size)."
+        )
 
 
 def _ask(vlm: Vlm, paths: Sequence[Path], prompts: Sequence[str], decoding: Decoding, blind: bool) -> list[Answer]:

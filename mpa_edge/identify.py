@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpa_edge.answers import RULES, metric_named
-from mpa_edge.asking import ask
+from mpa_edge.asking import ask, refuse_small_budget
 from mpa_edge.config import Match
 from mpa_edge.records import Annotation, Case
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
@@ -63,9 +63,11 @@ class Identifier:
         self, annotations: Sequence[Annotation], pictures: Mapping[str, Path], known: Sequence[Case] = ()
     ) -> list[Case]:
         """The cases of usable annotations, in order; `pictures` maps sample ids to files. `known` are cases of an
-        earlier attempt: those that did not fail are not asked again."""
+        earlier attempt: those that did not fail are not asked again. `InputError`, before anything is asked, when it
+        would take more than the teacher's `--max-requests`."""
         found = {_pair(case): case for case in known if not case.failed}
         new = [row for row in annotations if _pair(row) not in found]
+        refuse_small_budget(self.teacher, len(new) * (self.votes + self.blind), f"a part of {len(new)} questions")
         paths, prompts = [pictures[row.sample_id] for row in new], [self.task.prompt(row.question) for row in new]
         again = bool(known)
         votes = [ask(self.teacher, paths, prompts, decoding, again=again) for decoding in self._decodings()]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpa_edge.annotate import Annotator
+from mpa_edge.asking import refuse_small_budget
 from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import Skipped, scan_images
@@ -327,7 +328,7 @@ def _refuse_other_settings(run: RunFolder, now: dict[str, Any]) -> None:
 
     Each stage looks again at what shapes its own output; this check sees it first and names the flags.
     """
-    if not (run.path / RUN).exists():
+    if not (run.path / RUN).exists() or not run.annotations.exists():
         return
     before = read_run(run.path)
     for shaping in (_flags, _models):
@@ -371,10 +372,7 @@ def _move_rounds(run: RunFolder, rounds: int) -> None:
 
 
 def _refuse_small_budget(config: AlignConfig, teacher: Vlm, pictures: int) -> None:
-    """`--max-requests` must do for one part, or the run would never get on."""
-    asked = config.questions * max(1, config.votes + config.blind)
-    if config.max_requests and teacher.engine == "chat" and config.max_requests < asked * pictures:
-        raise InputError(
-            f"--max-requests {config.max_requests}: one part of {pictures} pictures may take {asked * pictures}. "
-            "Allow more, or make the parts smaller (--chunk-size)."
-        )
+    """`--max-requests` must do for one part: twice what annotating takes, since attempts that failed count too, and for
+    identifying as many questions. There may be more of them; that is known when they are written."""
+    asked = config.questions * max(2, config.votes + config.blind)
+    refuse_small_budget(teacher, asked * pictures, f"one part of {pictures} pictures")

@@ -33,6 +33,7 @@ class Teacher(FakeVlm):
     is answered with its own red, 128."""
 
     silent: frozenset[int] = frozenset()
+    max_requests: int | None = None
     log: list[str]
 
     def answer(
@@ -231,10 +232,33 @@ def test_pictures_of_the_test_are_kept_out_unless_asked_for(photos: Path, tmp_pa
 
 
 def test_a_budget_that_no_part_fits_in_is_said_at_once(photos: Path, tmp_path: Path) -> None:
-    teacher = Teacher(engine="chat")
+    teacher = Teacher()
+    teacher.max_requests = 20
     with pytest.raises(InputError, match=r"--max-requests 20: one part of 8 pictures may take 24.*--chunk-size"):
-        make(photos, tmp_path / "run", teacher, max_requests=20, votes=3)
-    make(photos, tmp_path / "run", teacher, max_requests=24, votes=3)
+        make(photos, tmp_path / "run", teacher, votes=3)
+    teacher.max_requests = 15  # no room for an attempt that fails
+    with pytest.raises(InputError, match=r"--max-requests 15: one part of 8 pictures may take 16"):
+        make(photos, tmp_path / "run", teacher)
+    teacher.max_requests = 24
+    make(photos, tmp_path / "run", teacher, votes=3)
+
+
+def test_a_part_of_more_questions_than_the_budget_is_not_begun(photos: Path, tmp_path: Path) -> None:
+    class Eager(Teacher):
+        """Writes three questions where one is wanted."""
+
+        def _say(self, red: int, prompt: str) -> Answer:
+            several = "\n".join(f"What is {n} and the red of {red}? {red + n}" for n in range(3))
+            return Answer(several if prompt in ASKS else str(red))
+
+    teacher = Eager()
+    teacher.max_requests = 20
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"--max-requests 20: a part of 24 questions may take 24.*--chunk-size"):
+            make(photos, tmp_path / "run", teacher)
+    assert len(teacher.log) == 8  # what was annotated is kept, and paid for once
+    teacher.max_requests = 24
+    make(photos, tmp_path / "run", teacher)
 
 
 # --- many pictures ---------------------------------------------------------------------------------------------------
