@@ -26,7 +26,7 @@ from PIL import Image
 
 from mpa_edge.chat_address import KEYS, api_key, parse_spec
 from mpa_edge.chat_messages import ENCODING, answer_of, failed, request_of
-from mpa_edge.errors import BudgetSpent, InputError, ModelError
+from mpa_edge.errors import AGAIN, BudgetSpent, InputError, ModelError
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding, Timings
 
 CONNECT_SECONDS = 10.0
@@ -34,7 +34,7 @@ CONNECT_SECONDS = 10.0
 ALIVE_SECONDS = 30.0
 # So many failed requests in a row, without one answer, are the server's fault and not the pictures'.
 FAILED_IN_A_ROW = 8
-AGAIN = "What is finished is kept: type the same command again to go on."
+GO_ON = f"What is finished is kept: {AGAIN} to go on."
 # Answers that no other picture would change.
 CURES = {
     401: f"Put a key that it accepts into {KEYS[0]} or {KEYS[1]}.",
@@ -230,7 +230,7 @@ class ChatVlm:
 
     def _broken(self, reason: str, cure: str) -> ModelError:
         who = f"{self._url}#{self.model}" if self.model else self._url
-        return ModelError(" ".join(filter(None, (f"{self._clean(f'{who}: {reason}')}.", cure, AGAIN))))
+        return ModelError(" ".join(filter(None, (f"{self._clean(f'{who}: {reason}')}.", cure, GO_ON))))
 
     def _clean(self, text: str) -> str:
         """Short, and without the key, which some servers repeat in what they say about it."""

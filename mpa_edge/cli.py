@@ -13,7 +13,7 @@ import typer
 
 from mpa_edge import __version__
 from mpa_edge.config import AlignConfig
-from mpa_edge.errors import MpaEdgeError
+from mpa_edge.errors import AGAIN, MpaEdgeError
 from mpa_edge.options import given, options_of
 from mpa_edge.ranks import is_main
 
@@ -56,7 +56,7 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("\nStopped. What is finished is kept: type the same command again to go on.", err=True)
+        typer.echo(_told(f"\nStopped. What is finished is kept: {AGAIN} to go on."), err=True)
         raise typer.Exit(130) from None
 
 
@@ -291,8 +291,13 @@ def main() -> None:
     try:
         app()
     except MpaEdgeError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_told(str(error))}", err=True)
         sys.exit(1)
+
+
+def _told(text: str) -> str:
+    """What was typed with --fresh must not be typed again with it: that would delete what is finished."""
+    return text.replace(AGAIN, f"{AGAIN}, without --fresh,") if "--fresh" in sys.argv else text
 
 
 if __name__ == "__main__":

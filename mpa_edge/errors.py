@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+# What to do after an interruption. Where --fresh was typed the command line adds that it has to go.
+AGAIN = "type the same command again"
+
+
 class MpaEdgeError(Exception):
     """Base of all; `str(error)` is the line that the user reads."""
 
@@ -96,7 +100,7 @@ class BudgetSpent(MpaEdgeError, RuntimeError):
 
     def __init__(self, max_requests: int) -> None:
         super().__init__(
-            f"--max-requests {max_requests} is used up. What is finished is kept: type the same command again to go on "
+            f"--max-requests {max_requests} is used up. What is finished is kept: {AGAIN} to go on "
             "with as many once more."
         )
         self.max_requests = max_requests

@@ -12,8 +12,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from mpa_edge import cli
 from mpa_edge.cli import app
 from mpa_edge.config import AlignConfig
+from mpa_edge.errors import BudgetSpent
 from mpa_edge.options import given, options_of
 from mpa_edge.tasks import TASKS
 
@@ -89,3 +91,22 @@ def test_a_wrong_setting_names_the_flag(tmp_path: Path) -> None:
     result = run("align", *pictures, "--mix", "7", cwd=tmp_path)
     assert result.returncode == 1
     assert "--mix" in result.stderr
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_was_typed_with_fresh_is_not_to_be_typed_again_with_it(
+    fresh: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or what was just asked, and paid for, would be deleted."""
+
+    def spend() -> None:
+        raise BudgetSpent(5)
+
+    monkeypatch.setattr(sys, "argv", ["mpa-edge", "align", *(["--fresh"] if fresh else [])])
+    monkeypatch.setattr(cli, "app", spend)
+    with pytest.raises(SystemExit):
+        cli.main()
+    with pytest.raises(typer.Exit), cli._resumable():
+        raise KeyboardInterrupt
+    told = capsys.readouterr().err
+    assert told.count("type the same command again, without --fresh, to go on" if fresh else "again to go on") == 2
