@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpa_edge.asked import check_bundle, require_bundle
 from mpa_edge.audit import audit_run
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError, require
@@ -101,8 +102,11 @@ def align(config: AlignConfig) -> AlignResult:
 
 
 def open_models(config: AlignConfig) -> tuple[Vlm, Vlm, Vlm | None]:
-    """The teacher, the student, and what is asked in its place if something is, as a run needs them."""
+    """The teacher, the student, and what is asked in its place if something is, as a run needs them. The student comes
+    first, so that a bundle that is not of it is refused before the large model is loaded."""
     student = _open_student(config, config.student)
+    if config.ask:
+        check_bundle(config.ask, student, config.student)
     teacher = open_vlm(
         config.teacher,
         **_options(config, longest_edge=config.teacher_longest_edge),
@@ -143,6 +147,8 @@ def meet(config: AlignConfig) -> Ranks:
     from mpa_edge.ranks import Ranks
 
     _check_student(config.student)
+    if config.ask:
+        require_bundle(config.ask)
     refuse_untrainable(config)
     return Ranks.of(config.device)
 

@@ -202,6 +202,12 @@ def test_a_second_round_asks_what_the_first_one_trained(run: tuple[Path, Any], t
     everything = files_of(out, "cases", "cases-round-1", "student", "student-round-1")
     assert align(config(tiny_pair, out, rounds=2)) == result
     assert files_of(out, "cases", "cases-round-1", "student", "student-round-1") == everything
+    # Another training of the first round makes another student, which is asked anew.
+    shutil.copytree(out, tmp_path / "other" / out.name)
+    align(config(tiny_pair, tmp_path / "other" / out.name, rounds=2, epochs=1))
+    assert files_of(tmp_path / "other" / out.name, "cases") != files_of(out, "cases")
+    kept = sorted(path.name for path in (tmp_path / "other" / out.name).glob("*-old-1"))
+    assert kept == ["student-old-1", "student-round-1-old-1"]
     # And back: the first round is the last one again.
     assert align(config(tiny_pair, out)).metrics == run[1].metrics
     assert {name: (out / "student" / name).read_bytes() for name in first} == first
@@ -303,6 +309,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(
         align(config(tiny_pair, tmp_path / "a", student="fake:"))
     with pytest.raises(InputError, match="is an adapter"):
         align(config(tiny_pair, tmp_path / "b", student=str(tiny_adapter)))
+    with pytest.raises(InputError, match="--ask fake:: is no bundle"):
+        align(config(tiny_pair, tmp_path / "b", ask="fake:"))
     with pytest.raises(InputError, match="--task none"):
         align(config(tiny_pair, tmp_path / "c", task="none"))
     with pytest.raises(InputError, match="--images"):
