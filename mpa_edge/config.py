@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from mpa_edge.errors import InputError
 
@@ -121,6 +122,17 @@ class AlignConfig(Settings):
     accumulate: int = setting(1, TRAINING, ge=1, help="Passes per optimizer step.")
     checkpointing: Checkpointing = setting("auto", TRAINING, help="Trade time for memory (gradient checkpointing).")
 
+    @model_validator(mode="after")
+    def _one_student_is_asked(self) -> AlignConfig:
+        """From the second round on it is the trained student that is asked; its bundle does not exist yet."""
+        if self.ask and self.rounds > 1:
+            raise PydanticCustomError(
+                "ask",
+                "--ask with --rounds {rounds}: the bundle can be asked in the first round only",
+                {"rounds": self.rounds},
+            )
+        return self
+
     @property
     def run(self) -> Path:
         """The run folder: `--out`, or runs/TASK-STUDENT."""
@@ -128,7 +140,9 @@ class AlignConfig(Settings):
 
 
 def _one_line(error: Any) -> str:
-    flag = "--" + str(error["loc"][0]).replace("_", "-") if error["loc"] else "settings"
+    if not error["loc"]:
+        return str(error["msg"])
+    flag = "--" + str(error["loc"][0]).replace("_", "-")
     if error["type"] == "missing":
         return f"{flag} is needed"
     return f"{flag} {error['input']}: {error['msg'][0].lower()}{error['msg'][1:]}"

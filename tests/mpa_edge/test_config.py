@@ -22,6 +22,7 @@ GOOD: dict[str, Any] = {"images": "photos", "teacher": "t", "student": "models/s
         ({"mix": 1}, "--mix 1: input should be less than 1"),
         ({"questions": "many"}, "--questions many"),
         ({"epoch": 3}, "--epoch 3"),
+        ({"ask": "bundle", "rounds": 2}, "--ask with --rounds 2: "),
     ],
 )
 def test_a_wrong_setting_names_its_flag(wrong: dict[str, Any], says: str) -> None:
