@@ -19,7 +19,7 @@ from mpa_edge.benchmarks.reference import write_pool, write_test
 from mpa_edge.datasets import scan_images
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Question
-from mpa_edge.overlap import EDGE, nearest_copies, signature_of, split_shared
+from mpa_edge.overlap import EDGE, LIKELY, Pictures, distance, nearest_copies, signature_of, split_shared
 from mpa_edge.records import Sample, read_rows
 
 COUNT = 120
@@ -53,6 +53,14 @@ def cropped(image: Image.Image, left: float, top: float, right: float, bottom: f
     width, height = image.size
     box = (round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height))
     return image.crop(box)
+
+
+def signatures(images: list[Image.Image]) -> Pictures:
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files, strict=True):
+        image.save(file, "PNG")
+    found = [signature_of(file.getvalue()) for file in files]
+    return np.stack([signature for signature in found if signature is not None])
 
 
 def test_different_pictures_are_kept(world: Path, samples: list[Sample]) -> None:
@@ -96,6 +104,25 @@ def test_changed_copies_are_found(
     assert np.mean(right) >= share
     assert {item.reason for item in shared} == {"in_test"}
     assert len(shared) <= len(copied) + 3
+
+
+def test_pictures_that_the_test_has_twice_are_found(world: Path, samples: list[Sample]) -> None:
+    """The two copies lie near to each other: neither is the next picture, to which the distance must be larger."""
+    images = [Image.open(sample.path).convert("RGB") for sample in samples[:30]]
+    others = signatures([Image.open(path).convert("RGB") for path in sorted((world / "test").rglob("*.png"))[:60]])
+    copies = signatures([jpeg(image, 30) for image in images] + [cropped(image, *[0.04] * 4) for image in images])
+    found = nearest_copies(signatures(images), np.concatenate([others, copies]))
+    right = [place is not None and (place - len(others)) % 30 == number for number, (place, _) in enumerate(found)]
+    assert np.mean(right) >= 0.8
+
+
+def test_many_pictures_of_one_layout_are_no_copies() -> None:
+    """All are within the limit of each other: that none shows something else says nothing about copies."""
+    random = np.random.default_rng(0)
+    layout = np.kron(random.integers(0, 256, (8, 8, 3)), np.ones((4, 4, 1)))
+    pictures = (layout + random.normal(0, 18, (12, EDGE, EDGE, 3))).clip(0, 255).astype(np.uint8)
+    assert distance(pictures[:6], pictures[6:]).max() < LIKELY
+    assert {place for place, _ in nearest_copies(pictures[:6], pictures[6:])} == {None}
 
 
 def test_equal_files_are_found_whatever_they_show(tmp_path: Path) -> None:
