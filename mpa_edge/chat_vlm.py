@@ -86,6 +86,7 @@ class ChatVlm:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._failed = 0
+        self._met = False
         self._client = openai.OpenAI(
             base_url=self._url,
             api_key=self._key or "none",  # the client insists on one, a server of one's own rarely does
@@ -98,16 +99,17 @@ class ChatVlm:
     def load(cls, spec: str, **settings: Any) -> ChatVlm:
         """The model that `http(s)://HOST/v1#MODEL` names; without `#MODEL`, the only one that the server has.
 
-        Raises `ModelError` when no server answers there or it refuses the key, and `InputError` for an address that
-        cannot be used or a server of several models. `settings` are the constructor's.
+        Only then is the server asked at once: `ModelError` when none answers there or it refuses the key, `InputError`
+        when it has several models. A run that has all its answers needs no server of a model that is named. Raises
+        `InputError` for an address that cannot be used. `settings` are the constructor's.
         """
         url, model = parse_spec(spec)
         vlm = cls(url, model, **settings)
+        if model:
+            return vlm
         try:
-            served = vlm.served()
-            if not model:
-                vlm.model = _only(served, url)
-                vlm.name = settings.get("name") or vlm.model.rsplit("/", 1)[-1]
+            vlm.model = _only(vlm.served(), url)
+            vlm.name = settings.get("name") or vlm.model.rsplit("/", 1)[-1]
         except BaseException:
             vlm.close()
             raise
@@ -122,9 +124,10 @@ class ChatVlm:
         except openai.APIStatusError as error:
             if error.status_code in (401, 402, 403):
                 raise self._broken(self._reason(error), CURES[error.status_code]) from error
-            return None
+            found = None
         except ValueError:  # not JSON
-            return None
+            found = None
+        self._met = True
         entries = found.get("data") if isinstance(found, dict) else None
         if not isinstance(entries, list):
             return None
@@ -134,9 +137,14 @@ class ChatVlm:
         self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
     ) -> list[Answer]:
         """As `Vlm.answer`, `concurrency` requests at a time. The time of an answer is from the first attempt to the
-        end. After an error that ends the call, nothing new is sent; requests on their way are waited for."""
+        end. After an error that ends the call, nothing new is sent; requests on their way are waited for.
+
+        Before the first question the server must say that it is there, or `ModelError` comes in seconds.
+        """
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} pictures and {len(prompts)} prompts")
+        if not self._met:
+            self.served()
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="chat") as pool:
             futures = [pool.submit(self._ask, *pair, decoding) for pair in zip(images, prompts, strict=True)]
             try:

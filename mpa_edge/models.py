@@ -48,7 +48,8 @@ def open_vlm(
     transformers models, `max_requests` chat servers, `longest_edge` (pixels) both.
 
     Raises `InputError` for a path at which no model lies and for a setting that does not fit, `ModelError` for a model
-    that cannot be loaded or a server that does not answer, and `MissingExtra`.
+    that cannot be loaded, and `MissingExtra`. Whether a server answers shows when it is asked first: that is here only
+    where no `#MODEL` is named.
     """
     kind = kind_of(spec)
     _refuse_what_does_not_fit(kind, spec, four_bit=four_bit, longest_edge=longest_edge, max_requests=max_requests)

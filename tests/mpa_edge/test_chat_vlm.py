@@ -335,10 +335,32 @@ def test_what_every_picture_would_meet_ends_the_run_at_once(status: int, said: s
 def test_a_server_that_is_down_ends_the_run_with_its_address() -> None:
     with serving() as server:
         pass
-    with pytest.raises(ModelError, match=rf"{server.url}#only: .*refused.*Start it again"):
-        ask(server, "?", max_retries=1)
     with pytest.raises(ModelError, match=rf"{server.url}#only: no answer .*refused.*Start the server"):
-        ChatVlm.load(f"{server.url}#only")
+        ask(server, "?", max_retries=1)
+    with pytest.raises(ModelError, match=rf"{server.url}: no answer .*refused.*Start the server"):
+        ChatVlm.load(server.url)
+
+
+def test_a_named_model_needs_no_server_before_the_first_question() -> None:
+    """Such as to train on answers that are all there, when the rented machine is gone."""
+    with serving() as server:
+        pass
+    vlm = open_vlm(f"{server.url}#org/only")
+    assert (vlm.name, vlm.describe()["model"]) == ("only", "org/only")
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="Start the server"):
+        vlm.answer([RED], ["?"])
+    assert time.monotonic() - started < 5  # not after all attempts
+    vlm.close()
+
+
+def test_a_server_that_dies_between_questions_is_to_be_started_again() -> None:
+    with serving(lambda request, number: reply() if number == 1 else server.die()) as server:
+        vlm = ChatVlm(server.url, "only", max_retries=1)
+        vlm.answer([RED], ["?"])
+        with pytest.raises(ModelError, match=rf"{server.url}#only: .*Start it again"):
+            vlm.answer([RED], ["?"])
+        vlm.close()
 
 
 def test_as_many_requests_run_at_once_as_wanted_and_answers_keep_their_order() -> None:
@@ -391,7 +413,7 @@ def test_the_only_model_of_a_server_needs_no_name() -> None:
             assert ChatVlm.load(f"{server.url}#b").model == "b"
         server.models = [401, {"error": {"message": "no key"}}]
         with pytest.raises(ModelError, match=r"HTTP 401: no key\. Put a key"):
-            ChatVlm.load(f"{server.url}#b")
+            ChatVlm.load(f"{server.url}#b").answer([RED], ["?"])
 
 
 @pytest.mark.parametrize(
