@@ -9,7 +9,7 @@ from mpa_edge.config import AlignConfig
 
 SIDES = ("teacher", "student", "ask")
 # Of what a model says about itself, what people look for.
-MODEL_FACTS = ("engine", "host", "model", "dtype", "revision")
+MODEL_FACTS = ("engine", "model", "dtype", "revision")
 # Where a run lies is not what it is.
 LEFT_OUT = ("out", "fresh")
 

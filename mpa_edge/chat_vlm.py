@@ -160,10 +160,10 @@ class ChatVlm:
                 self._stopped.clear()
 
     def describe(self) -> dict[str, Any]:
-        """As `Vlm.describe`. The port is left out: a server may come back on another one."""
+        """As `Vlm.describe`. The address is left out: a rented server comes back under another one, same model.
+        Runs keep it among their settings."""
         return {
             "engine": self.engine,
-            "host": self._host,
             "model": self.model,
             "image": {"longest_edge": self.longest_edge, **ENCODING},
         }
