@@ -3,14 +3,16 @@ in files; keys come from the environment and stay there."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from urllib.parse import urlsplit
 
 from mpa_edge.errors import InputError
+from mpa_edge.progress import say
 
 SCHEMES = ("http://", "https://")
-# Our own name comes first, so that the key of a server of one's own need not displace the one for OpenAI. Set to
-# nothing, it keeps OPENAI_API_KEY at home.
+# The first goes to whatever server is named. The second, which people have set for other tools too, goes to OpenAI
+# alone, and not even there where the first is set, be it to nothing.
 KEYS = ("MPA_EDGE_API_KEY", "OPENAI_API_KEY")
 
 
@@ -32,15 +34,33 @@ def parse_spec(spec: str) -> tuple[str, str]:
     if "@" in parts.netloc or parts.query:
         raise InputError(
             f"{parts.scheme}://{host}{parts.path}: an address with a password or a ? in it would end up in files. "
-            f"Put the key into the environment: {KEYS[0]} or {KEYS[1]}."
+            f"Put the key into the environment: {KEYS[0]}."
         )
     return url.rstrip("/"), model
 
 
-def api_key() -> str:
-    """The key from the environment, or nothing."""
-    name = next((name for name in KEYS if name in os.environ), KEYS[0])
+def api_key(url: str) -> str:
+    """The key for this server from the environment, or nothing. One that would cross a network unencrypted gets a
+    line."""
+    parts = urlsplit(url)
+    host, encrypted = parts.hostname or "", parts.scheme == "https"
+    names = KEYS if encrypted and is_openai(host) else KEYS[:1]
+    name = next((name for name in names if name in os.environ), KEYS[0])
     key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise InputError(f"{name} holds characters that cannot be in a key")
+    if key and not encrypted and not _is_this_machine(host):
+        say(f"{name} goes to {host} unencrypted: whoever is on the way can read it. Use https, or an SSH tunnel.")
     return key
+
+
+def is_openai(host: str) -> bool:
+    """Whether a host is OpenAI's own."""
+    return host == "openai.com" or host.endswith(".openai.com")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False

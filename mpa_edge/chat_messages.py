@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from mpa_edge.chat_address import is_openai
 from mpa_edge.runtime.vlm import Answer, Decoding
 
 # Small pictures travel without loss: in 200 pixels of a chart, JPEG's artefacts are as large as its digits. A photo of
@@ -26,7 +27,7 @@ def request_of(
     # Some hosts refuse what they do not know, so nothing is sent that does not matter.
     chance = {"top_p": decoding.top_p, "seed": decoding.seed} if decoding.temperature > 0 else {}
     # OpenAI's newer models refuse the old name, which everybody else has.
-    limit = "max_completion_tokens" if host.endswith("openai.com") else "max_tokens"
+    limit = "max_completion_tokens" if is_openai(host) else "max_tokens"
     return {
         "model": model,
         "messages": [{"role": "user", "content": [picture, text]}],

@@ -37,9 +37,9 @@ FAILED_IN_A_ROW = 8
 GO_ON = f"What is finished is kept: {AGAIN} to go on."
 # Answers that no other picture would change.
 CURES = {
-    401: f"Put a key that it accepts into {KEYS[0]} or {KEYS[1]}.",
+    401: f"Put a key that it accepts into {KEYS[0]} ({KEYS[1]} goes to openai.com only).",
     402: "The account behind the key has to be topped up.",
-    403: f"The key in {KEYS[0]} or {KEYS[1]} may not use this model.",
+    403: f"The key (in {KEYS[0]}, for openai.com in {KEYS[1]}) may not use this model.",
     404: "Name a model that it serves after the #, and check the address: most end in /v1.",
     429: "Lower --concurrency, or wait.",
     502: "Is the model behind it running?",
@@ -70,7 +70,7 @@ class ChatVlm:
 
         Pictures whose longer edge exceeds `longest_edge` pixels are scaled down before they are sent. `max_requests`
         caps what is sent, for questions, by this object: attempts that failed count, as they may be billed too.
-        `timeout` is in seconds and for one attempt. The key comes from the environment (`KEYS`).
+        `timeout` is in seconds and for one attempt. The key comes from the environment (`api_key`).
         """
         self.model = model
         self.name = name or model.rsplit("/", 1)[-1]
@@ -82,7 +82,7 @@ class ChatVlm:
         self.sent = 0
         self._url, _ = parse_spec(url)
         self._host = urlsplit(self._url).hostname or ""
-        self._key = api_key()
+        self._key = api_key(self._url)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._failed = 0

@@ -31,7 +31,7 @@ from mpa_edge.benchmarks.reference import write_test
 from mpa_edge.benchmarks.variants import size_bytes, variants_of
 from mpa_edge.benchmarks.worker import Ask, Job, open_variant, work
 from mpa_edge.bundle import Bundle, Source, read_bundle, write_bundle
-from mpa_edge.chat_address import parse_spec
+from mpa_edge.chat_address import api_key, parse_spec
 from mpa_edge.chat_messages import ENCODING, PNG_PIXELS, data_url, request_of
 from mpa_edge.chat_vlm import FAILED_IN_A_ROW, ChatVlm
 from mpa_edge.errors import BudgetSpent, InputError, ModelError
@@ -316,7 +316,7 @@ def test_a_server_that_only_fails_is_not_asked_thousands_of_times(action: Any) -
 @pytest.mark.parametrize(
     ("status", "said", "cure"),
     [
-        (401, "Incorrect API key", "MPA_EDGE_API_KEY or OPENAI_API_KEY"),
+        (401, "Incorrect API key", r"MPA_EDGE_API_KEY \(OPENAI_API_KEY goes to openai\.com only\)"),
         (402, "no credit", "topped up"),
         (403, "not for you", "may not use this model"),
         (404, "no model 'only'", r"serves after the #"),
@@ -438,7 +438,7 @@ def test_an_address_without_a_host_says_how_one_looks(spec: str) -> None:
 
 
 def test_the_key_comes_from_the_environment_and_is_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    monkeypatch.setenv("MPA_EDGE_API_KEY", f"{KEY}\n")
     with serving(models=("only",)) as server:
 
         def gossip(request: Any, number: int) -> Any:
@@ -455,16 +455,47 @@ def test_the_key_comes_from_the_environment_and_is_never_told(monkeypatch: pytes
         assert "you sent Bearer ***" in told[0]
         assert "you sent Bearer ***" in told[1]
         assert not [text for text in told if KEY in text]
-        monkeypatch.setenv("MPA_EDGE_API_KEY", "mine")  # comes first
-        ChatVlm(server.url, "only").answer([RED], ["?"])
-        assert server.headers[-1]["authorization"] == "Bearer mine"
-        monkeypatch.setenv("MPA_EDGE_API_KEY", "")  # keeps the other one at home
+        monkeypatch.delenv("MPA_EDGE_API_KEY")
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
         ChatVlm(server.url, "only").answer([RED], ["?"])
         assert KEY not in str(server.headers[-1])
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
-    monkeypatch.delenv("MPA_EDGE_API_KEY")
     with pytest.raises(InputError, match="OPENAI_API_KEY holds characters"):
-        ChatVlm("http://host/v1", "m")
+        ChatVlm("https://api.openai.com/v1", "m")
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("https://api.openai.com/v1", "openais"),
+        ("https://eu.api.openai.com/v1", "openais"),
+        ("http://api.openai.com/v1", ""),
+        ("https://notopenai.com/v1", ""),
+        ("https://openai.com.example.org/v1", ""),
+        ("http://localhost:8000/v1", ""),
+    ],
+)
+def test_openais_key_goes_to_openai_only(url: str, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "openais")
+    assert api_key(url) == sent
+    monkeypatch.setenv("MPA_EDGE_API_KEY", "mine")  # comes first
+    assert api_key(url) == "mine"
+    monkeypatch.setenv("MPA_EDGE_API_KEY", "")  # keeps the other one at home
+    assert api_key(url) == ""
+
+
+def test_a_key_that_travels_unencrypted_gets_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api_key("http://203.0.113.5/v1")  # there is none
+    monkeypatch.setenv("MPA_EDGE_API_KEY", KEY)
+    for url in ("https://203.0.113.5/v1", "http://localhost/v1", "http://127.0.0.1:8000/v1", "http://[::1]:8000/v1"):
+        api_key(url)
+    assert not capsys.readouterr().err
+    api_key("http://203.0.113.5:8000/v1")
+    told = capsys.readouterr().err
+    assert "MPA_EDGE_API_KEY goes to 203.0.113.5 unencrypted" in told
+    assert KEY not in told
 
 
 def annotate(vlm: Vlm, samples: list[Sample], folder: Path) -> None:
@@ -490,7 +521,7 @@ def samples(tmp_path: Path) -> list[Sample]:
 def test_a_run_goes_on_when_its_server_is_back(
     samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MPA_EDGE_API_KEY", KEY)
     folder = tmp_path / "run"
 
     def until_15(request: Any, number: int) -> Any:
