@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,11 +69,11 @@ def run(
     teacher = MemoVlm(open_vlm(str(TEACHER), batch_size=64), folder / "teacher.jsonl")
     for name, vlm in (("teacher", teacher), ("student", asked)):
         made = {"model": vlm.describe()}
-        _once(folder / f"{name}.{split.value}.json", made, lambda vlm=vlm: {"scores": scores_of(vlm, data)})
+        _once(folder / f"{name}.{split.value}.json", made, partial(_baseline, vlm, data))
     for trial in (trial for trial in TRIALS if only in trial.name):
         path, config = folder / f"{slug(trial.name)}.{split.value}.json", config_of(trial, seed, folder)
         made = {"settings": settings_of(config), "student": asked.describe(), "teacher": teacher.describe()}
-        _once(path, made, lambda trial=trial, config=config: run_trial(trial, config, teacher, asked, data))
+        _once(path, made, partial(run_trial, trial, config, teacher, asked, data))
         typer.echo(f"seed {seed}  {trial.name:32} {mean(read(path)['scores'][split.value][METRICS[0]]):.1%}")
 
 
@@ -125,6 +126,10 @@ def _export(source: Path, bundle: Path) -> None:
         export(source, "onnx", [bundle.name.removeprefix("onnx-")], bundle.parent)
 
 
+def _baseline(vlm: Vlm, data: dict[str, Path]) -> dict[str, Any]:
+    return {"scores": scores_of(vlm, data)}
+
+
 def scores_of(vlm: Vlm, data: dict[str, Path]) -> dict[str, dict[str, list[float]]]:
     """Per data set and metric the score of each question, in order."""
     task, found = task_named(TASK), {}
@@ -140,11 +145,11 @@ def scores_of(vlm: Vlm, data: dict[str, Path]) -> dict[str, dict[str, list[float
 
 def write_data(out: Path, split: Split) -> dict[str, Path]:
     """The labelled files by name: the split, and the student's home domain. The pool is written too."""
-    _write_once(out / "pool", lambda folder: write_pool(folder, POOL))
+    _write_once(out / "pool", partial(write_pool, n=POOL))
     writers = {split.value: (write_test if split is Split.test else write_validation, QUESTIONS)}
     writers["home"] = (write_home, HOME)
     for name, (write, count) in writers.items():
-        _write_once(out / name, lambda folder, write=write, count=count: write(folder, count))
+        _write_once(out / name, partial(write, n=count))
     return {name: out / name / f"{name}.jsonl" for name in writers}
 
 

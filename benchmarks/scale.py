@@ -55,11 +55,11 @@ class Writer(FakeVlm):
         ]
 
     def _written(self, image: Image.Image) -> Answer:
-        red, green, blue = image.getpixel((0, 0))
+        red, green, blue = image.convert("RGB").tobytes()[:3]
         return Answer(f"What stands at {red} {green} {blue}? {WORDS[red % len(WORDS)]}")
 
     def _answered(self, image: Image.Image, prompt: str) -> Answer:
-        red, green, _ = image.getpixel((0, 0))
+        red, green, _ = image.convert("RGB").tobytes()[:3]
         return Answer(WORDS[(red if green > 50 else green) % len(WORDS)])
 
 

@@ -129,7 +129,7 @@ class Round:
 
 def road(before: Before, rounds: Sequence[Round], shared: int | None = None) -> list[dict[str, Any]]:
     """The road from files to training rows in groups of steps, each step with its width in percent of the widest."""
-    groups = [{"title": "", "steps": before.steps(shared)}]
+    groups: list[dict[str, Any]] = [{"title": "", "steps": before.steps(shared)}]
     for number, each in enumerate(rounds, 1):
         title = f"Round {number}" if len(rounds) > 1 else ""
         groups.append({"title": title, "steps": each.steps()})

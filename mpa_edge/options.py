@@ -46,7 +46,8 @@ def _option(name: str, field: Any) -> inspect.Parameter:
         rich_help_panel=None if extra["panel"] == "Main" else extra["panel"],
         show_default=True if required else extra["shown"] or _shown(field.default),
     )
-    annotation = Annotated[_typed(name, field.annotation, required), option]
+    typed: Any = _typed(name, field.annotation, required)
+    annotation = Annotated[typed, option]
     default = inspect.Parameter.empty if required else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

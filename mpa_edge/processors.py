@@ -27,7 +27,7 @@ def load_processor(spec: str | Path, longest_edge: int | None = None) -> Any:
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    known = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(spec)), AutoProcessor)
+    known: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(spec)), AutoProcessor)
     if known is not AutoProcessor and VIDEOS in known.get_attributes():
         processor = _without_videos(known).from_pretrained(spec, backend="pil", **{VIDEOS: None})
     else:

@@ -30,7 +30,7 @@ class Record:
     @classmethod
     def from_json(cls: type[Row], data: dict[str, Any]) -> Row:
         """The row of a JSON object; keys that a newer version added are ignored."""
-        known = _names(cls)
+        known = _names(cls)  # type: ignore[arg-type]  # a class is hashable
         return cls(**{key: value for key, value in data.items() if key in known})
 
     @property

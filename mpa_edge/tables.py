@@ -79,7 +79,7 @@ class Table:
         if len(fits) != 1:
             held = f"the columns {', '.join(fits)} hold" if fits else f"none of {', '.join(self.columns)} holds"
             raise InputError(f"{self.source}: {held} pictures; name the column `image`")
-        return fits[0]
+        return str(fits[0])
 
 
 def picture_bytes(value: Any, root: Path, most: int) -> bytes:

@@ -64,7 +64,7 @@ class Anatomy:
         """The module's name; None where there is none, or where it is the model, or the model without its head."""
         if module is None or module in (self._model, self._model.base_model):
             return None
-        return next(name for name, found in self._model.named_modules() if found is module)
+        return next(str(name) for name, found in self._model.named_modules() if found is module)
 
 
 def count_parameters(model: Any) -> dict[str, dict[str, int]]:

@@ -41,7 +41,7 @@ class Picture:
     def key(self) -> bytes:
         """A digest of all that the model sees of the picture."""
         digest = hashlib.blake2b(repr((self.tiles.shape, self.rows, self.columns)).encode())
-        digest.update(np.ascontiguousarray(self.tiles))
+        digest.update(np.ascontiguousarray(self.tiles).data)
         return digest.digest()
 
 
