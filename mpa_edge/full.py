@@ -24,7 +24,8 @@ class WholeModel:
         """All else is frozen. With `start`, the weights are those of that folder. `folder` is where it goes."""
         remove_adapter(model)
         if start is not None:
-            model.load_state_dict(type(model).from_pretrained(start, dtype=model.dtype).state_dict())
+            before = type(model).from_pretrained(start, dtype=model.dtype, use_safetensors=True)
+            model.load_state_dict(before.state_dict())
         self._model, self._processor, self._dtype = model, processor, model.dtype
         self._base = name_of_base(config.student, folder)
         chosen = set(Anatomy(model).weights(config.train))
