@@ -18,6 +18,10 @@ ALL_REFUSED = 8
 GREY = (128, 128, 128)
 
 
+class Unopened(Answer):
+    """In the place of an answer: the picture could not be opened, and the model was not asked."""
+
+
 def ask(
     vlm: Vlm,
     paths: Sequence[Path],
@@ -30,17 +34,28 @@ def ask(
     """One answer per picture and prompt, in order. With `blind` the model sees a grey picture of the same size instead.
 
     A picture that cannot be opened, and a pair that the model refuses, give an answer with `error` set. A model that
-    refuses everything raises `ModelError`, unless these are the ones that failed before (`again`).
+    refuses everything raises `ModelError`, and pictures of which none can be opened `InputError`, unless these are the
+    ones that failed before (`again`).
     """
     at_once = max(OPEN_AT_ONCE, getattr(vlm, "batch_size", 1))
     answers: list[Answer] = []
     for start in range(0, len(paths), at_once):
         part = slice(start, start + at_once)
         answers += _ask(vlm, paths[part], prompts[part], decoding, blind)
-    refusals = [answer.error for answer in answers if answer.error is not None]
-    if len(refusals) == len(answers) >= ALL_REFUSED and not again:
-        raise ModelError(f"{vlm.name} answered none of {len(answers)} prompts; the first refusal: {refusals[0]}")
+    if not again:
+        _refuse_if_all_failed(vlm, paths, answers)
     return answers
+
+
+def _refuse_if_all_failed(vlm: Vlm, paths: Sequence[Path], answers: Sequence[Answer]) -> None:
+    asked = [answer for answer in answers if not isinstance(answer, Unopened)]
+    if not asked and len(answers) >= ALL_REFUSED:
+        raise InputError(
+            f"--images: none of {len(set(paths))} pictures can be opened any more; the first: {paths[0]} "
+            f"({answers[0].error}). Are they still where they were?"
+        )
+    if len(asked) >= ALL_REFUSED and all(answer.error is not None for answer in asked):
+        raise ModelError(f"{vlm.name} answered none of {len(asked)} prompts; the first refusal: {asked[0].error}")
 
 
 def refuse_small_budget(vlm: Vlm, requests: int, part: str) -> None:
@@ -67,5 +82,5 @@ def _open(path: Path, blind: bool) -> Image.Image | Answer:
     try:
         image = open_image(path)
     except ImageError as error:
-        return Answer("", finish_reason="error", error=error.reason)
+        return Unopened("", finish_reason="error", error=error.reason)
     return Image.new("RGB", image.size, GREY) if blind else image

@@ -49,4 +49,7 @@ def require_four_bit(device: torch.device) -> None:
         missing = "bitsandbytes, which is not installed"
     else:
         return
-    raise InputError(f'--teacher-4bit: needs {missing}. Leave it out, or on a CUDA GPU: pip install "mpa-edge[cuda]"')
+    raise InputError(
+        f"--teacher-4bit or --method qlora: needs {missing}. Leave it out, or on a CUDA GPU: "
+        'pip install "mpa-edge[cuda]"'
+    )

@@ -19,7 +19,7 @@ ADAPTER = "adapter_config.json"
 WHOLE = "trained.json"
 # Which kinds a setting fits, with the flag that people type.
 FITS: dict[str, tuple[str, tuple[Kind, ...]]] = {
-    "four_bit": ("--teacher-4bit", ("transformers",)),
+    "four_bit": ("--teacher-4bit or --method qlora", ("transformers",)),
     "longest_edge": ("--teacher-longest-edge or --longest-edge", ("transformers", "server")),
     "max_requests": ("--max-requests", ("server",)),
 }

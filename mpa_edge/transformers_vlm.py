@@ -30,7 +30,8 @@ from mpa_edge.sampling import RowSampling, seed_of
 # A private-use character stands for the user's text where a template is rendered to be cut there.
 SLOT = "\ue000"
 # What helps when a single picture is too much.
-SMALLER = "Make pictures smaller (--longest-edge, --teacher-longest-edge) or load the teacher in 4 bit (--teacher-4bit)"
+SMALLER = "Make pictures smaller (student: --longest-edge, teacher: --teacher-longest-edge)"
+FOUR_BIT = "or load the model in 4 bit (student: --method qlora, teacher: --teacher-4bit)"
 
 
 class TransformersVlm:
@@ -250,8 +251,11 @@ class TransformersVlm:
         except (ValueError, RuntimeError) as error:
             no_memory = _is_out_of_memory(error)
             if size == 1:
-                reason = _first_line(error)
-                return [Answer("", finish_reason="error", error=f"{reason}. {SMALLER}" if no_memory else reason)]
+                reason, cure = (
+                    _first_line(error),
+                    SMALLER if "quantization" in self._source else f"{SMALLER} {FOUR_BIT}",
+                )
+                return [Answer("", finish_reason="error", error=f"{reason}. {cure}" if no_memory else reason)]
         # The error is gone here, and with it what it held of the memory.
         torch.cuda.empty_cache()
         part = size // 2

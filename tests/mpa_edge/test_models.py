@@ -82,7 +82,7 @@ def test_the_kind_is_known_before_anything_is_loaded(tmp_path: Path, tiny_one_ti
 @pytest.mark.parametrize(
     ("kind", "setting", "flag"),
     [
-        ("bundle", {"four_bit": True}, "--teacher-4bit"),
+        ("bundle", {"four_bit": True}, "--teacher-4bit or --method qlora"),
         ("server", {"four_bit": True}, "--teacher-4bit"),
         ("fake", {"four_bit": True}, "--teacher-4bit"),
         ("bundle", {"longest_edge": 64}, "--teacher-longest-edge"),

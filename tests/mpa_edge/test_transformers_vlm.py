@@ -193,8 +193,13 @@ def test_a_single_pair_that_does_not_fit_names_the_cure(
         assert all(answer.finish_reason == "error" for answer in answers)
         assert all("out of memory" in (answer.error or "") for answer in answers)
         assert all("--longest-edge" in (answer.error or "") for answer in answers)
-        assert all("--teacher-4bit" in (answer.error or "") for answer in answers)
+        assert all("student: --method qlora, teacher: --teacher-4bit" in (answer.error or "") for answer in answers)
     assert capsys.readouterr().err.count("\n") == 1
+    in_4_bit = TransformersVlm(vlm.model, vlm.processor, name="nf4", source={"quantization": "nf4"})
+    with_memory_for(in_4_bit, 0, monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    (answer,) = in_4_bit.answer(PICTURES[:1], PROMPTS[:1], SHORT)
+    assert "--longest-edge" in (answer.error or "")
+    assert "4 bit" not in (answer.error or "")
 
 
 def test_a_pair_that_is_refused_says_nothing_about_memory(
@@ -302,6 +307,6 @@ def test_four_bits_without_what_they_need_name_flag_and_cure(
 
     monkeypatch.setattr(transformers_vlm, "device_named", torch.device)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=f"--teacher-4bit: needs .*{missing}") as caught:
+    with pytest.raises(InputError, match=f"--teacher-4bit or --method qlora: needs .*{missing}") as caught:
         TransformersVlm.load(str(tiny_idefics3), device=device, four_bit=True)
     assert 'pip install "mpa-edge[cuda]"' in str(caught.value)
