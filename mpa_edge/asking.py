@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -11,8 +11,10 @@ from mpa_edge.errors import ImageError, InputError, ModelError
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
 
-# A full-size photo takes 36 MB as pixels: only so many are open at a time.
-OPEN_AT_ONCE = 32
+# A model gets so many pairs at a time, or a batch of its own: a full-size photo takes 36 MB as pixels. While the open
+# pictures take less than `OPEN_BYTES` it gets more of them, so that it can put prompts of like length into one batch.
+AT_LEAST, AT_MOST = 32, 256
+OPEN_BYTES = 64 << 20
 # So many refusals in a row, without one answer, are the model's fault and not the pictures'.
 ALL_REFUSED = 8
 GREY = (128, 128, 128)
@@ -37,11 +39,16 @@ def ask(
     refuses everything raises `ModelError`, and pictures of which none can be opened `InputError`, unless these are the
     ones that failed before (`again`).
     """
-    at_once = max(OPEN_AT_ONCE, getattr(vlm, "batch_size", 1))
     answers: list[Answer] = []
-    for start in range(0, len(paths), at_once):
-        part = slice(start, start + at_once)
-        answers += _ask(vlm, paths[part], prompts[part], decoding, blind)
+    # Several questions about one picture share one picture, so that a model sees that they do.
+    opened: dict[Path, Image.Image | Unopened] = {}
+    for end, path in enumerate(paths, 1):
+        if path not in opened:
+            opened[path] = _open(path, blind)
+        if end == len(paths) or _enough(vlm, end - len(answers), opened.values()):
+            part = slice(len(answers), end)
+            answers += _ask(vlm, [opened[path] for path in paths[part]], prompts[part], decoding)
+            opened = {}
     if not again:
         _refuse_if_all_failed(vlm, paths, answers)
     return answers
@@ -69,16 +76,22 @@ def refuse_small_budget(vlm: Vlm, requests: int, part: str) -> None:
         )
 
 
-def _ask(vlm: Vlm, paths: Sequence[Path], prompts: Sequence[str], decoding: Decoding, blind: bool) -> list[Answer]:
-    # Several questions about one picture share one picture, so that a model sees that they do.
-    opened = {path: _open(path, blind) for path in dict.fromkeys(paths)}
-    images = [opened[path] for path in paths]
+def _enough(vlm: Vlm, pairs: int, opened: Iterable[Image.Image | Unopened]) -> bool:
+    if pairs < max(AT_LEAST, getattr(vlm, "batch_size", 1)):
+        return False
+    taken = sum(3 * image.width * image.height for image in opened if isinstance(image, Image.Image))
+    return pairs >= AT_MOST or taken >= OPEN_BYTES
+
+
+def _ask(
+    vlm: Vlm, images: Sequence[Image.Image | Unopened], prompts: Sequence[str], decoding: Decoding
+) -> list[Answer]:
     pairs = [(image, prompt) for image, prompt in zip(images, prompts, strict=True) if isinstance(image, Image.Image)]
     found = iter(vlm.answer([image for image, _ in pairs], [prompt for _, prompt in pairs], decoding) if pairs else [])
     return [next(found) if isinstance(image, Image.Image) else image for image in images]
 
 
-def _open(path: Path, blind: bool) -> Image.Image | Answer:
+def _open(path: Path, blind: bool) -> Image.Image | Unopened:
     try:
         image = open_image(path)
     except ImageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from mpa_edge.asking import ask
 from mpa_edge.errors import InputError, ModelError
 from mpa_edge.fake import FakeSettings, FakeVlm
-from mpa_edge.runtime.vlm import Decoding
+from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
 
 REFUSES = FakeSettings(refuse=1.0)
 
@@ -34,3 +35,37 @@ def test_when_no_picture_can_be_opened_the_model_is_not_blamed(tmp_path: Path, s
         ask(FakeVlm(settings=REFUSES), [*gone, *small[:9]], ["?"] * 17, Decoding())
     # Of few that it was asked, a model may refuse all.
     assert all(answer.error for answer in ask(FakeVlm(settings=REFUSES), [*gone, small[0]], ["?"] * 9, Decoding()))
+
+
+class Counts(FakeVlm):
+    """Remembers how many pairs came at a time."""
+
+    batch_size = 1
+    seen: tuple[int, ...] = ()
+
+    def answer(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Answer]:
+        self.seen += (len(images),)
+        return [Answer(prompt) for prompt in prompts]
+
+
+def test_many_small_pictures_are_open_at_once_and_few_large_ones(tmp_path: Path, small: list[Path]) -> None:
+    prompts = [str(number) for number in range(300)]
+    vlm = Counts()
+    assert [answer.text for answer in ask(vlm, small, prompts, Decoding())] == prompts
+    assert vlm.seen == (256, 44)
+    large = []
+    for number in range(3):
+        large.append(tmp_path / f"large-{number}.png")
+        Image.new("RGB", (5000, 2000)).save(large[-1], compress_level=1)
+    vlm = Counts()
+    ask(vlm, [*large, *small[:97]], prompts[:100], Decoding())
+    assert vlm.seen == (32, 68)
+    vlm = Counts()
+    ask(vlm, large[:1] * 100, prompts[:100], Decoding())  # one picture, opened once
+    assert vlm.seen == (100,)
+    vlm = Counts()
+    vlm.batch_size = 40
+    ask(vlm, [*large, *small[:97]], prompts[:100], Decoding())
+    assert vlm.seen == (40, 60)
