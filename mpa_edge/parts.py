@@ -115,6 +115,13 @@ def open_stage(folder: Path, fingerprint: Mapping[str, Any], *, parts: int = 0) 
         write_atomic(folder / STAGE, json.dumps({"fingerprint": now, "parts": parts}, indent=2, sort_keys=True) + "\n")
 
 
+def drop_stage(folder: Path) -> None:
+    """Delete a stage, its fingerprint last: whoever is killed meanwhile leaves a stage that can be dropped again."""
+    for path in sorted(folder.iterdir()):
+        path.unlink()
+    folder.rmdir()
+
+
 def compare_fingerprints(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise `FingerprintMismatch`, naming each leaf that differs, unless the two are equal."""
     before, after = dict(_leaves(old)), dict(_leaves(new))

@@ -89,8 +89,9 @@ class Lines:
             self._last, self._told = now, done
 
     def close(self) -> None:
-        """Say that it is over, and how long it took."""
-        say(f"{self._label}: {self._done:,} of {self._of:,} in {_clock(time.monotonic() - self._start)}")
+        """Say that it is over, and how long it took, if there was anything to do."""
+        if self._of:
+            say(f"{self._label}: {self._done:,} of {self._of:,} in {_clock(time.monotonic() - self._start)}")
 
 
 def say(text: str) -> None:

@@ -24,11 +24,12 @@ from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import Skipped, scan_images
 from mpa_edge.errors import FingerprintMismatch, InputError
 from mpa_edge.identify import Identifier, Reidentifier
-from mpa_edge.parts import Parts, compare_fingerprints, digest_of_stage, open_parts, read_parts
+from mpa_edge.overlap import Split, split_shared
+from mpa_edge.parts import Parts, compare_fingerprints, digest_of_stage, drop_stage, open_parts, read_parts
 from mpa_edge.progress import counting, progress, say
 from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
 from mpa_edge.remember import remembered
-from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, delete, read_run
+from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, read_run
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.saving import save_for_trainers
 from mpa_edge.selection import Choice, choose, training_row
@@ -46,12 +47,13 @@ SHAPING = ("limit", "seed", "questions", "temperature", "match", "votes", "blind
 @dataclass(frozen=True)
 class Scanned:
     """What the scan found: `skipped` counts by reason, `shared` those that `--test` has too (None without one), and
-    `digest` names the pictures by their contents."""
+    `digest` names the pictures by their contents. `test_pictures`: how many of `--test` could be looked at, of how many."""
 
     pictures: int
     skipped: dict[str, int]
     shared: int | None
     digest: str
+    test_pictures: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class TrainingSetMaker:
     def scan(self) -> Scanned:
         """Find the usable pictures. Nothing of an earlier run is deleted before there are some."""
         config, run = self._config, self._run
-        samples, skipped, shared = _scan(config, run)
+        samples, skipped, split = _scan(config, run)
+        shared, looked_at = (len(split.shared), (split.looked_at, split.pictures)) if split else (None, None)
         if config.fresh:
             run.clear()
         else:
@@ -130,8 +133,9 @@ class TrainingSetMaker:
             write_rows(run.samples, samples)
             write_rows(run.skipped, skipped)
             counts = count_by(item.reason for item in skipped)
-            facts |= {"used": len(samples), "skipped": counts, **({} if shared is None else {"shared": shared})}
-        self._scanned = Scanned(len(samples), counts, shared, _digest(sample.sha256 for sample in samples))
+            facts |= {"used": len(samples), "skipped": counts}
+            facts |= {"shared": shared, "test_pictures": looked_at} if split else {}
+        self._scanned = Scanned(len(samples), counts, shared, _digest(sample.sha256 for sample in samples), looked_at)
         return self._scanned
 
     # --- asking ------------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ class TrainingSetMaker:
             cases = open_parts(folder, Case, fingerprint, self._parts)
         except FingerprintMismatch:
             say(f"round {number}: the student of the round before is another one now; it is asked again")
-            delete(folder)
+            drop_stage(folder)
             cases = open_parts(folder, Case, fingerprint, self._parts)
         with progress(f"ask, round {number}", self._scanned.pictures) as advance:
             for part, samples in enumerate(self._chunks()):
@@ -297,8 +301,8 @@ def _paths(samples: Sequence[Sample]) -> dict[str, Path]:
     return {sample.id: Path(sample.path) for sample in samples}
 
 
-def _scan(config: AlignConfig, run: RunFolder) -> tuple[list[Sample], list[Skipped], int | None]:
-    """The pictures, those left out, and how many are shared with `--test`; None without one."""
+def _scan(config: AlignConfig, run: RunFolder) -> tuple[list[Sample], list[Skipped], Split | None]:
+    """The pictures, those left out, and what `--test` has of them; None without one."""
     with counting("scan") as tell:
         samples, skipped = scan_images(
             config.images, store=run.images, limit=config.limit, cache=run.path / ".scan.jsonl", progress=tell
@@ -306,14 +310,14 @@ def _scan(config: AlignConfig, run: RunFolder) -> tuple[list[Sample], list[Skipp
     samples = samples[: config.limit]
     if config.test is None:
         return samples, skipped, None
-    from mpa_edge.overlap import split_shared
-
-    kept, shared = split_shared(samples, config.test, cache=run.path / ".shared.json")
+    split = split_shared(samples, config.test, cache=run.path / ".shared.json")
+    if split.looked_at < split.pictures:
+        say(f"--test {config.test}: only {split.looked_at} of its {split.pictures} pictures could be looked at")
     if config.keep_shared:
-        return samples, skipped, len(shared)
-    if not kept:
+        return samples, skipped, split
+    if not split.kept:
         raise InputError(f"--images {config.images}: all pictures are in --test {config.test} too")
-    return kept, sorted([*skipped, *shared], key=lambda item: item.path), len(shared)
+    return split.kept, sorted([*skipped, *split.shared], key=lambda item: item.path), split
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -1,4 +1,5 @@
-"""SIGKILL in every stage, the same command again each time: the files of an undisturbed run, byte for byte."""
+"""SIGKILL in every stage of two rounds, the same command again each time: the files of an undisturbed run, byte for
+byte."""
 
 from __future__ import annotations
 
@@ -22,10 +23,17 @@ from mpa_edge.config import AlignConfig
 level.STEPS_PER_CHECKPOINT = 3
 images, teacher, student, out = sys.argv[1:]
 align(AlignConfig(images=images, teacher=teacher, student=student, task="reference", out=Path(out), device="cpu",
-                  questions=2, chunk_size=2, epochs=8, patience=8, train_batch_size=8))
+                  questions=2, chunk_size=2, epochs=4, patience=4, train_batch_size=8, rounds=2,
+                  select="all"))
 """
 # A stage has surely begun, and surely not ended, when this file appears.
-SIGNS = ("annotations/part-00002.jsonl", "cases/part-00003.jsonl", "student/checkpoint.safetensors")
+SIGNS = (
+    "annotations/part-00002.jsonl",
+    "cases-round-1/part-00005.jsonl",
+    "student-round-1/checkpoint.safetensors",
+    "cases/part-00003.jsonl",
+    "student/checkpoint.safetensors",
+)
 AT_MOST = 300.0
 
 
