@@ -37,7 +37,8 @@ Round = tuple[RoundCounts, dict[str, Any]]  # with the training's metrics
 @dataclass(frozen=True)
 class AlignResult:
     """What a run kept and dropped. Counts are rows: files, annotations, cases, training rows; `verdicts`, `training`
-    and `metrics` are those of the last round, `earlier` holds the same of the rounds before it."""
+    and `metrics` are those of the last round, `earlier` holds the same of the rounds before it. `test_pictures` counts
+    the pictures of `--test` that could be looked at, and all."""
 
     run: Path
     pictures: int
@@ -48,6 +49,7 @@ class AlignResult:
     training: dict[str, int]
     collapsed: int = 0
     shared: int | None = None
+    test_pictures: tuple[int, int] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[Round, ...] = ()
 
@@ -65,6 +67,8 @@ class AlignResult:
         """The result in a few lines, for people."""
         skipped = _counts("skipped", self.skipped)
         shared = "" if self.shared is None else f", {self.shared} shared with --test"
+        if self.test_pictures and self.test_pictures[0] < self.test_pictures[1]:
+            shared += " ({} of its {} pictures looked at)".format(*self.test_pictures)
         usable = self.annotations - sum(self.rejected.values())
         lines = [
             f"pictures     {self.pictures} used, {skipped}{shared}",
@@ -238,6 +242,7 @@ def _result(
         pictures=scanned.pictures,
         skipped=scanned.skipped,
         shared=scanned.shared,
+        test_pictures=scanned.test_pictures,
         annotations=annotations,
         rejected=rejected,
         verdicts=counts.verdicts,

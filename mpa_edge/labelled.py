@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,24 +75,33 @@ def read_questions(
     return questions
 
 
-def pictures_in(path: str | Path, *, images: Path | None = None) -> Iterator[tuple[str, Path | bytes]]:
-    """Yield (name, file or its bytes) for each picture of a labelled test set that is there, once per name.
+def pictures_in(path: str | Path, *, images: Path | None = None) -> Iterator[tuple[str, Path | bytes | ImageError]]:
+    """Yield (name, file or its bytes) for each picture of a labelled test set, once per name; for one that is not
+    there, or a row that names none, the error that says so.
 
     Of a table only the pictures are read; of a file, what rows say besides their picture is not looked at.
     """
     if table := open_table(path, extra="align"):
         column = table.picture_column()
         for place, root, row in table.rows([column]):
-            with suppress(ImageError):
+            try:
                 yield place, picture_bytes(row[column], root, MAX_BYTES)
+            except ImageError as error:
+                yield place, ImageError(place, error.reason, error.detail)
         return
     path, seen = Path(path), set[str]()
     folder = path.parent if images is None else Path(images)
-    for _, row in entries_of(path, read_json(path), None):
-        with suppress(_Unusable):
-            if not isinstance(row, str) and (picture := _picture(row.images, folder)) not in seen:
-                seen.add(picture)
-                yield picture, Path(picture)
+    for number, row in entries_of(path, read_json(path), None):
+        place = f"{path}:{number}"
+        try:
+            if isinstance(row, str):
+                raise _Unusable("bad_row", row)
+            name, source = (picture := _picture(row.images, folder)), Path(picture)
+        except _Unusable as error:
+            name, source = error.detail, ImageError(place, error.reason, error.detail)
+        if name not in seen:
+            seen.add(name)
+            yield name, source
 
 
 Found = Iterator[tuple[str, "Question | _Unusable"]]

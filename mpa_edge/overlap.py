@@ -28,14 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mpa_edge.datasets import Skipped
-from mpa_edge.errors import ImageError
+from mpa_edge.errors import ImageError, InputError
 from mpa_edge.labelled import pictures_in
 from mpa_edge.records import Sample, write_atomic
 from mpa_edge.runtime.images import FORMATS, open_image
@@ -60,14 +60,23 @@ CHUNK = 512
 RULES = 2
 
 
+class Split(NamedTuple):
+    """What `split_shared` found. `looked_at` counts the pictures of the test that could be read, `pictures` all."""
+
+    kept: list[Sample]
+    shared: list[Skipped]
+    looked_at: int
+    pictures: int
+
+
 def split_shared(
     samples: Sequence[Sample], test: str | Path, *, cache: Path | None = None, workers: int | None = None
-) -> tuple[list[Sample], list[Skipped]]:
-    """(the samples that the test does not have, a row of reason `in_test` for each of the others), both in order.
+) -> Split:
+    """The samples that the test does not have, and a row of reason `in_test` for each of the others, both in order.
 
     `test` is a labelled test set as `mpa_edge.labelled` reads it; only its pictures are looked at. A row's detail names
     the test's picture and, for a near-duplicate, the distance. `cache` names a file that remembers the outcome. Memory
-    grows with the test, not with the pool. Raises `InputError` where the test cannot be read.
+    grows with the test, not with the pool. Raises `InputError` where the test, or all of its pictures, cannot be read.
     """
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         pictures = _TestPictures.of(test, pool)
@@ -78,37 +87,53 @@ def split_shared(
             if cache:
                 write_atomic(cache, json.dumps({"key": key, "shared": shared}))
     kept = [sample for sample in samples if sample.id not in shared]
-    return kept, [Skipped(s.path, "in_test", shared[s.id]) for s in samples if s.id in shared]
+    rows = [Skipped(s.path, "in_test", shared[s.id]) for s in samples if s.id in shared]
+    return Split(kept, rows, pictures.looked_at, pictures.count)
 
 
 @dataclass(frozen=True)
 class _TestPictures:
-    """The different pictures of a test: names by digest, and their signatures in that order where they have one."""
+    """The different pictures of a test: names by digest, and their signatures in that order where they have one. Of
+    `count` pictures so many were `looked_at`."""
 
     names: dict[str, str]
     signed: list[str]
     signatures: Pictures
+    looked_at: int
+    count: int
 
     @classmethod
     def of(cls, test: str | Path, pool: ThreadPoolExecutor) -> _TestPictures:
         names: dict[str, str] = {}
         signed, signatures = [], [np.zeros((0, EDGE, EDGE, 3), np.uint8)]
+        looked_at, wrong = 0, list[str]()
         for chunk in _chunks(pictures_in(test), 64):
-            for (name, _), (sha256, signature) in zip(chunk, pool.map(_signed, chunk), strict=True):
-                if sha256 and sha256 not in names:
+            for (name, source), (sha256, signature) in zip(chunk, pool.map(_signed, chunk), strict=True):
+                if signature is None:
+                    wrong.append(str(source) if isinstance(source, ImageError) else f"{name}: unreadable")
+                    continue
+                looked_at += 1
+                if sha256 not in names:
                     names[sha256] = name
-                    if signature is not None:
-                        signed.append(name)
-                        signatures.append(signature[None])
-        return cls(names, signed, np.concatenate(signatures))
+                    signed.append(name)
+                    signatures.append(signature[None])
+        if not looked_at:
+            why = f"the first: {wrong[0]}" if wrong else "it has none"
+            raise InputError(
+                f"--test {test}: none of its pictures can be read ({why}). What the pool shares with it cannot be told "
+                "without them: put the pictures into the folder of the file."
+            )
+        return cls(names, signed, np.concatenate(signatures), looked_at, looked_at + len(wrong))
 
 
-def _signed(picture: tuple[str, Path | bytes]) -> tuple[str, Pictures | None]:
-    """The SHA-256 of a picture of the test ("" where it cannot be read), and its signature."""
+def _signed(picture: tuple[str, Path | bytes | ImageError]) -> tuple[str, Pictures | None]:
+    """The SHA-256 of a picture of the test, and its signature; ("", None) where it cannot be read."""
     source = picture[1]
     try:
+        if isinstance(source, ImageError):
+            raise source
         data = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError:
+    except (ImageError, OSError):
         return "", None
     return hashlib.sha256(data).hexdigest(), signature_of(source)
 
@@ -128,8 +153,6 @@ def _shared(samples: Sequence[Sample], test: _TestPictures, pool: ThreadPoolExec
     """Why each shared sample is one, by its id."""
     equal = (sample for sample in samples if sample.sha256 in test.names)
     shared = {sample.id: f"the same file as {test.names[sample.sha256]}" for sample in equal}
-    if not test.signed:
-        return shared
     others = (sample for sample in samples if sample.id not in shared)
     for chunk in _chunks(others, CHUNK):
         found = list(pool.map(lambda sample: signature_of(Path(sample.path)), chunk))

@@ -141,12 +141,14 @@ def _look(config: AlignConfig, folder: Path) -> _Found:
         note = f"the pictures of {config.images} were not looked at but for {len(samples)}: some may be skipped"
         return _Found(samples, reasons, None, count, size, [note])
     samples = samples[: config.limit]
-    shared = None
+    shared, notes = None, list[str]()
     if config.test is not None:
-        kept, left_out = split_shared(samples, config.test, cache=folder / ".shared.json")
-        shared = len(left_out)
-        samples = samples if config.keep_shared else kept
-    return _Found(samples, reasons, shared, len(samples))
+        split = split_shared(samples, config.test, cache=folder / ".shared.json")
+        shared = len(split.shared)
+        samples = samples if config.keep_shared else split.kept
+        if split.looked_at < split.pictures:
+            notes.append(f"of --test only {split.looked_at} of {split.pictures} pictures could be looked at")
+    return _Found(samples, reasons, shared, len(samples), notes=notes)
 
 
 def _counted(skipped: Sequence[Skipped]) -> dict[str, int]:

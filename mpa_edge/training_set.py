@@ -47,7 +47,7 @@ SHAPING = ("limit", "seed", "questions", "temperature", "match", "votes", "blind
 @dataclass(frozen=True)
 class Scanned:
     """What the scan found: `skipped` counts by reason, `shared` those that `--test` has too (None without one), and
-    `digest` names the pictures by their contents. `test_pictures`: how many of `--test` could be looked at, of how many."""
+    `digest` names the pictures by their contents. `test_pictures`: how many of `--test` were looked at, of all."""
 
     pictures: int
     skipped: dict[str, int]

@@ -335,6 +335,10 @@ def test_the_pictures_of_a_test_set_alone(tmp_path: Path) -> None:
     touch(tmp_path, "1.png", "2.png")
     rows = [{"imgname": "1.png", "query": "q", "label": ""}, {"imgname": "1.png", "query": "", "label": "a"}]
     path = write(tmp_path / "test_human.json", [*rows, {"imgname": "2.png", "query": "q", "label": "a"}, "junk"])
-    assert [Path(name).name for name, _ in pictures_in(path)] == ["1.png", "2.png"]
+    found = [(Path(name).name, source) for name, source in pictures_in(path)]
+    assert [name for name, source in found if isinstance(source, Path)] == ["1.png", "2.png"]
+    assert [str(source).split(": ")[1][:7] for _, source in found[2:]] == ["bad_row"]
     pq.write_table(pa.table({"image": [picture(1), None, picture(2)]}), tmp_path / "p.parquet")
-    assert [data for _, data in pictures_in(tmp_path / "p.parquet")] == [picture(1), picture(2)]
+    first, none, last = (data for _, data in pictures_in(tmp_path / "p.parquet"))
+    assert (first, last) == (picture(1), picture(2))
+    assert str(none) == f"{tmp_path}/p.parquet:2: no_image (the cell is empty)"

@@ -64,7 +64,7 @@ def signatures(images: list[Image.Image]) -> Pictures:
 
 
 def test_different_pictures_are_kept(world: Path, samples: list[Sample]) -> None:
-    kept, shared = split_shared(samples, world / "test" / "test.jsonl")
+    kept, shared, *_ = split_shared(samples, world / "test" / "test.jsonl")
     assert len(shared) <= 1
     assert len(kept) + len(shared) == COUNT
 
@@ -98,7 +98,7 @@ def test_changed_copies_are_found(
         row["answers"] = list(row["answers"])
     path = world.parent / f"{tmp_path.name}.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    _, shared = split_shared(samples, path)
+    _, shared, *_ = split_shared(samples, path)
     named = {item.path: Path(item.detail.removeprefix("a near-duplicate of ").split(" (")[0]) for item in shared}
     right = [named.get(sample.path) == tmp_path / f"{number}.png" for number, sample in enumerate(copied)]
     assert np.mean(right) >= share
@@ -134,7 +134,7 @@ def test_equal_files_are_found_whatever_they_show(tmp_path: Path) -> None:
     rows = [{"imgname": name, "query": "q", "label": "a"} for name in ("t.png", "broken.png", "gone.png", "t.png")]
     (tmp_path / "test" / "t.json").write_text(json.dumps(rows))
     samples, _ = scan_images(f"{tmp_path}/*.png")
-    kept, shared = split_shared(samples, tmp_path / "test" / "t.json")
+    kept, shared, *_ = split_shared(samples, tmp_path / "test" / "t.json")
     assert [Path(sample.path).name for sample in kept] == ["other.png"]
     assert shared[0].detail == f"the same file as {tmp_path / 'test' / 't.png'}"
 
@@ -142,7 +142,7 @@ def test_equal_files_are_found_whatever_they_show(tmp_path: Path) -> None:
 def test_a_table_as_test(world: Path, samples: list[Sample], tmp_path: Path) -> None:
     cells = [Path(sample.path).read_bytes() for sample in samples[:3]]
     pq.write_table(pa.table({"image": [*cells, None, b"broken"]}), tmp_path / "t.parquet")  # questions are not needed
-    kept, shared = split_shared(samples[:5], tmp_path / "t.parquet")
+    kept, shared, *_ = split_shared(samples[:5], tmp_path / "t.parquet")
     assert kept == samples[3:5]
     assert [item.detail for item in shared] == [f"the same file as {tmp_path}/t.parquet:{n}" for n in (1, 2, 3)]
 
@@ -177,6 +177,17 @@ def test_the_outcome_is_remembered(
 def test_a_test_that_cannot_be_read(samples: list[Sample], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.jsonl: cannot be read"):
         split_shared(samples, tmp_path / "none.jsonl")
+
+
+def test_a_test_whose_pictures_lie_elsewhere(samples: list[Sample], tmp_path: Path) -> None:
+    rows = [{"image_id": name, "question_id": 1, "question": "q", "answers": ["a"]} for name in "aab"]
+    test = tmp_path / "TextVQA.json"
+    test.write_text(json.dumps({"data": rows}))
+    with pytest.raises(InputError, match=r"--test .*json: none of its pictures .*a\.jpg is not in .*put the pictures"):
+        split_shared(samples[:1], test)
+    (tmp_path / "b.jpg").write_bytes(Path(samples[0].path).read_bytes())
+    split = split_shared(samples[:2], test)
+    assert (split.looked_at, split.pictures, len(split.shared)) == (1, 2, 1)
 
 
 def test_a_rotated_photo_is_seen_upright(tmp_path: Path) -> None:

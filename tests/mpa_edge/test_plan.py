@@ -139,6 +139,10 @@ def test_limit_and_the_pictures_of_the_test(images: Path, tmp_path: Path) -> Non
     plan = plan_models(config(images, limit=10, test=str(test)), Teller(), Teller())
     assert (plan.pictures, plan.shared) == (9, 1)
     assert "1 shared with --test" in plan.summary()
+    assert not any("--test" in note for note in plan.notes)
+    test.write_text(f'{test.read_text()}\n{{"image": "none.png", "question": "q", "answers": ["a"]}}')
+    plan = plan_models(config(images, limit=10, test=str(test)), Teller(), Teller())
+    assert "of --test only 1 of 2 pictures could be looked at" in plan.notes
     assert plan_models(config(images, limit=10, test=str(test), keep_shared=True), Teller(), Teller()).pictures == 10
 
 

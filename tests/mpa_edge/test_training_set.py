@@ -231,6 +231,21 @@ def test_pictures_of_the_test_are_kept_out_unless_asked_for(photos: Path, tmp_pa
     assert (kept.scanned.pictures, kept.scanned.shared, kept.scanned.skipped) == (30, made.scanned.shared, {})
 
 
+def test_pictures_of_the_test_that_cannot_be_looked_at_are_counted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image": str(photos / name), "question": "What?", "answers": ["x"]} for name in ("111.png", "none.png")]
+    test = tmp_path / "test.jsonl"
+    test.write_text("\n".join(map(json.dumps, rows)))
+    made = make(photos, tmp_path / "run", test=str(test))
+    assert made.scanned.test_pictures == (1, 2)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["samples"]["test_pictures"] == [1, 2]
+    assert f"--test {test}: only 1 of its 2 pictures could be looked at" in capsys.readouterr().err
+    test.write_text(json.dumps(rows[1]))
+    with pytest.raises(InputError, match=f"--test {test}: none of its pictures can be read"):
+        make(photos, tmp_path / "other", test=str(test))
+
+
 def test_a_budget_that_no_part_fits_in_is_said_at_once(photos: Path, tmp_path: Path) -> None:
     teacher = Teacher()
     teacher.max_requests = 20
