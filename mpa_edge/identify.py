@@ -156,7 +156,12 @@ def metric_of(task: Task, match: Match) -> str:
 
 def _with_answer(case: Case, answer: Answer, metric: str) -> Case:
     score, reason = _score(metric, answer, case.answer), _reason([], answer)
-    verdict = "error" if reason else verdict_of(case.teacher_score, score, votes=max(1, len(case.votes)))
+    if reason:
+        verdict = "error"
+    elif case.blind_answer is not None and metric_named(metric)(case.blind_answer, [case.answer]) >= RIGHT:
+        verdict = "blind"  # where the student had failed before
+    else:
+        verdict = verdict_of(case.teacher_score, score, votes=max(1, len(case.votes)))
     return replace(case, student_answer=answer.text, student_score=score, verdict=verdict, reason=reason)
 
 

@@ -4,8 +4,8 @@ Resume means "fill the missing parts". Killing the process at any instant loses 
 tears or repeats a row. `stage.json` holds the fingerprint of all that shapes the output; a folder with another
 fingerprint is refused, so that nobody mixes the output of two settings unawares.
 
-Rows that failed (a model ran out of memory, a server did not answer) are asked again by the next run, and so is nothing
-else: beside their part lies `part-0000i.failed` with the number of attempts, of which there are at most `ATTEMPTS`.
+Rows that failed (a model ran out of memory, a server did not answer) are asked again by the next run, as long as nothing
+was trained on the others, and so is nothing else: beside their part lies `part-0000i.failed` with the number of attempts, of which there are at most `ATTEMPTS`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Parts(Generic[Row]):
 
     def __init__(self, folder: Path, row: type[Row]) -> None:
         self.folder = folder
+        self.again = True  # whether failed rows are asked again
         self._row = row
 
     def due(self, number: int) -> bool:
         """Whether part `number`, from 0, is missing or holds failed rows that are worth another attempt."""
-        return not part_path(self.folder, number).exists() or 0 < self._attempts(number) < ATTEMPTS
+        return not part_path(self.folder, number).exists() or (self.again and 0 < self._attempts(number) < ATTEMPTS)
 
     def fill(self, number: int, work: Work[Row]) -> None:
         """Write part `number` if it is due. `work` gets the rows that are there, failed ones too, and returns all rows

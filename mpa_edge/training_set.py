@@ -25,7 +25,7 @@ from mpa_edge.datasets import Skipped, scan_images
 from mpa_edge.errors import FingerprintMismatch, InputError
 from mpa_edge.identify import Identifier, Reidentifier
 from mpa_edge.overlap import Split, split_shared
-from mpa_edge.parts import Parts, compare_fingerprints, digest_of_stage, drop_stage, open_parts, read_parts
+from mpa_edge.parts import STAGE, Parts, compare_fingerprints, digest_of_stage, drop_stage, open_parts, read_parts
 from mpa_edge.progress import counting, progress, say
 from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
 from mpa_edge.remember import remembered
@@ -151,6 +151,8 @@ class TrainingSetMaker:
         annotations = open_parts(self._run.annotations, Annotation, shaped, self._parts)
         shaped = identifier.fingerprint() | {"annotations": _digest([json.dumps(shaped)])}
         cases = open_parts(self._first.cases, Case, shaped, self._parts)
+        # Another answer would make another training set, and the training so far would be lost.
+        annotations.again = cases.again = not self._training_began()
         with progress("ask", self._scanned.pictures) as advance:
             for number, samples in enumerate(self._chunks()):
                 self._ask_part(number, samples, annotator, annotations, identifier, cases)
@@ -161,6 +163,9 @@ class TrainingSetMaker:
         )
         self.log.note("annotate", rows=total, rejected=rejected)
         return total, rejected
+
+    def _training_began(self) -> bool:
+        return any((self.round(number).student / STAGE).exists() for number in range(1, self._config.rounds + 1))
 
     def _ask_part(
         self,

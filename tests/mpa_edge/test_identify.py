@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,8 @@ def test_a_further_round_asks_the_student_alone(pictures: dict[str, Path]) -> No
     assert [case.verdict for case in found] == ["agree", "parity", "unconfirmed", "blind", "error", "unconfirmed"]
     assert [case.student_answer for case in found] == ["red", "red", "red", "old", "old", "red"]
     assert len(student.prompts) == 4
+    failed = replace(first("red", "error", "student: out of memory"), teacher_score=1.0, blind_answer="red")
+    assert Reidentifier(student, TASK).cases([failed], pictures)[0].verdict == "blind"
     other = FakeVlm(settings=FakeSettings(seed=1))
     assert Reidentifier(other, TASK).fingerprint() != Reidentifier(student, TASK).fingerprint()
 

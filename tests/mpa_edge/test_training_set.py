@@ -148,6 +148,18 @@ def test_what_failed_is_asked_again_by_the_next_run_and_nothing_else(photos: Pat
     }
 
 
+def test_what_failed_stays_once_there_was_training(photos: Path, tmp_path: Path) -> None:
+    teacher = Teacher()
+    teacher.silent = frozenset((111,))
+    first = make(photos, tmp_path / "run", teacher)
+    before = first.path.read_bytes()
+    (tmp_path / "run" / "student").mkdir()
+    (tmp_path / "run" / "student" / "stage.json").write_text("{}")
+    teacher.silent, teacher.log = frozenset(), []
+    second = make(photos, tmp_path / "run", teacher)
+    assert (second.rejected, second.path.read_bytes(), teacher.log) == ({"teacher_error": 1}, before, [])
+
+
 def test_a_run_that_is_finished_asks_nothing(photos: Path, tmp_path: Path) -> None:
     before = make(photos, tmp_path / "run")
     teacher = Teacher()
