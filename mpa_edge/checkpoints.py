@@ -37,6 +37,12 @@ class State:
         return len(self.history) - 1 - self.best_epoch
 
 
+def most_bytes(weights: int) -> int:
+    """What checkpoints of so many weights take on disk at most: weights, best weights and AdamW's two moments, in
+    float32, twice while a new one takes the place of the old one."""
+    return 2 * 4 * 4 * weights
+
+
 def save_checkpoint(
     folder: Path,
     weights: Mapping[str, nn.Parameter],
@@ -45,7 +51,7 @@ def save_checkpoint(
     state: State,
 ) -> None:
     """Write weights, best weights, AdamW's moments and the state in one step, straight to disk: a full fine-tuning's
-    are four times the model in float32."""
+    are four times the model in float32. Raises `RunError` where the disk has no room; the old checkpoint stays."""
     tensors = {}
     for name, weight in weights.items():
         moments = optimizer.state[weight]
@@ -57,10 +63,18 @@ def save_checkpoint(
         ):
             tensors[f"{kind}/{name}"] = tensor.detach().contiguous()
     temporary = folder / f".{CHECKPOINT}.{os.getpid()}.tmp"
-    save_file(tensors, temporary, metadata={"state": json.dumps(asdict(state))})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(folder / CHECKPOINT)
+    try:
+        save_file(tensors, temporary, metadata={"state": json.dumps(asdict(state))})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(folder / CHECKPOINT)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        raise RunError(
+            f"{folder / CHECKPOINT}: {needed:,} bytes cannot be written ({error}). Make room on the disk and type the "
+            "same command again: training goes on from its last checkpoint."
+        ) from error
 
 
 def load_checkpoint(

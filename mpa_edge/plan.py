@@ -52,7 +52,8 @@ class Stage:
 @dataclass(frozen=True)
 class Plan:
     """What a run would take. `pictures` are those to ask about, `skipped` counts the others by reason, `shared` those
-    that `--test` has too (None: not looked at); `disk` is bytes by what they are for, in the run's folder."""
+    that `--test` has too (None: not looked at); `disk` is the most bytes in the run's folder, by what they are for:
+    checkpoints go when training is done."""
 
     pictures: int
     skipped: dict[str, int]
@@ -218,7 +219,7 @@ def _plan(config: AlignConfig, found: _Found, teacher: Vlm, student: Vlm, asked:
     questions = round(per_picture * found.count)
     paths = {sample.id: Path(sample.path) for sample in samples}
     rows = _training_rows(config, measured.cases, questions)
-    training, adapter, why = _train_some(config, task, measured.cases, paths, student, folder, rows)
+    training, trained, why = _train_some(config, task, measured.cases, paths, student, folder, rows)
     notes += [why] if why else []
     stages = [
         Stage(
@@ -246,7 +247,7 @@ def _plan(config: AlignConfig, found: _Found, teacher: Vlm, student: Vlm, asked:
         shared=found.shared,
         sampled=measured.pictures,
         stages=tuple(stages),
-        disk=_disk(config, task, found, measured, paths, rows, adapter),
+        disk=_disk(config, task, found, measured, paths, rows) | trained,
         notes=tuple(notes),
     )
 
@@ -325,28 +326,33 @@ def _train_some(
     student: Vlm,
     folder: Path,
     rows: int,
-) -> tuple[Range | None, int, str]:
-    """(seconds of training on so many rows, bytes that it writes, why it was not measured)."""
+) -> tuple[Range | None, dict[str, int], str]:
+    """(seconds of training on so many rows, bytes that it writes by what, why it was not measured)."""
     answered = [case for case in cases if case.verdict != "error"]
     if student.engine != "transformers":
-        return None, 0, f"training was not measured: the student runs on {student.engine}"
+        return None, {}, f"training was not measured: the student runs on {student.engine}"
+    from mpa_edge.checkpoints import most_bytes
     from mpa_edge.level import MINIMUM, level
     from mpa_edge.training_data import read_examples
 
     if len({case.sample_id for case in answered}) < 2 or len(answered) < MINIMUM:
-        return None, 0, "training was not measured: the sample gave too few rows"
+        return None, {}, "training was not measured: the sample gave too few rows"
     parity, out = folder / "parity.jsonl", folder / "student"
     write_rows(parity, (training_row(case, paths[case.sample_id], task, folder, config.target) for case in answered))
     once = config.model_copy(update={"epochs": 1})
     try:
-        _, seconds = _timed(lambda: level(cast(Any, student), read_examples(parity), out, once))
+        metrics, seconds = _timed(lambda: level(cast(Any, student), read_examples(parity), out, once))
     except MpaEdgeError as error:
-        return None, 0, f"training was not measured: {error}"
+        return None, {}, f"training was not measured: {error}"
     # One epoch took half of it at least: rows are also prepared, and the held-out ones are asked twice.
     each, epochs = seconds / len(answered), config.epochs
     low = each / 2 * rows * min(epochs, config.patience + 1) * config.rounds
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return (low, each * rows * epochs * config.rounds), size, ""
+    disk = {
+        "student": size * config.rounds,
+        "checkpoints of training": most_bytes(sum(metrics["parameters"]["trainable"].values())),
+    }
+    return (low, each * rows * epochs * config.rounds), disk, ""
 
 
 def _disk(
@@ -356,7 +362,6 @@ def _disk(
     measured: _Measured,
     paths: dict[str, Path],
     rows: int,
-    adapter: int,
 ) -> dict[str, int]:
     written = _bytes(measured.annotations) + config.rounds * _bytes(measured.cases)
     each = _bytes([training_row(case, paths[case.sample_id], task, config.run) for case in measured.cases[:1]])
@@ -364,7 +369,6 @@ def _disk(
         "pictures": found.stored,
         "rows": written * found.count // max(1, measured.pictures),
         "training set": each * rows * (1 + len(set(config.save_as))),
-        "student": adapter * config.rounds,
     }
     return {what: size for what, size in disk.items() if size}
 

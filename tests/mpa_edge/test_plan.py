@@ -176,6 +176,9 @@ def test_the_real_pair(tiny_pair: Any, tmp_path: Path) -> None:
     assert train.seconds is not None
     assert 0 < train.seconds[0] < train.seconds[1]
     assert plan.disk["student"] > 1000
+    # An adapter is its weights in float32; a checkpoint has four such, and there may be two of them.
+    adapter = plan.disk["student"] - 3000
+    assert 6 * adapter < plan.disk["checkpoints of training"] < 8 * plan.disk["student"]
     assert plan.disk["training set"] > 2 * 200 * train.counts["rows"]
     assert plan.seconds[0] == pytest.approx(sum(stage.seconds[0] for stage in plan.stages if stage.seconds))
     assert not settings.run.exists()
