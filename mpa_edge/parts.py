@@ -4,8 +4,9 @@ Resume means "fill the missing parts". Killing the process at any instant loses 
 tears or repeats a row. `stage.json` holds the fingerprint of all that shapes the output; a folder with another
 fingerprint is refused, so that nobody mixes the output of two settings unawares.
 
-Rows that failed (a model ran out of memory, a server did not answer) are asked again by the next run, as long as nothing
-was trained on the others, and so is nothing else: beside their part lies `part-0000i.failed` with the number of attempts, of which there are at most `ATTEMPTS`.
+Rows that failed (a model ran out of memory, a server did not answer) are asked again by the next run, and so is nothing
+else, as long as nothing was trained on the others: beside their part lies `part-0000i.failed` with the number of
+attempts, of which there are at most `ATTEMPTS`.
 """
 
 from __future__ import annotations
