@@ -34,17 +34,34 @@ _SHAREGPT = {
 
 def save_for_trainers(parity: Path, formats: Iterable[SaveAs]) -> list[Path]:
     """Write a training set in these formats beside it (`parity.jsonl` -> `parity.llava.json`), each file whole or not
-    at all, and return their paths."""
-    written = []
-    for name in dict.fromkeys(formats):
-        path = parity.with_suffix(f".{name}.json")
+    at all, and return their paths. Files of the other formats that an earlier call wrote of this set are deleted: they
+    would be of another selection."""
+    written, formats = [], list(dict.fromkeys(formats))
+    _delete_others(parity, formats)
+    for name in formats:
+        path = _path(parity, name)
         rows = (json.dumps(_FORMATS[name](example), ensure_ascii=False) for example in _examples(parity))
         write_atomic(path, "[\n" + ",\n".join(rows) + "\n]\n")
         written.append(path)
         if name == "sharegpt":
-            info = {path.stem: {"file_name": path.name, **_SHAREGPT}}
-            write_atomic(parity.with_name(INFO), json.dumps(info, indent=2) + "\n")
+            write_atomic(parity.with_name(INFO), _info(path))
     return written
+
+
+def _path(parity: Path, name: str) -> Path:
+    return parity.with_suffix(f".{name}.json")
+
+
+def _info(path: Path) -> str:
+    return json.dumps({path.stem: {"file_name": path.name, **_SHAREGPT}}, indent=2) + "\n"
+
+
+def _delete_others(parity: Path, formats: Iterable[str]) -> None:
+    for name in _FORMATS.keys() - set(formats):
+        path, info = _path(parity, name), parity.with_name(INFO)
+        path.unlink(missing_ok=True)
+        if name == "sharegpt" and info.is_file() and info.read_bytes() == _info(path).encode():
+            info.unlink()
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,20 @@ def test_both_and_none(parity: Path) -> None:
     assert not list(parity.parent.glob(".*"))
 
 
+def test_files_of_formats_that_are_no_longer_asked_for_are_deleted(parity: Path) -> None:
+    kept = [parity.with_name(name) for name in ("parity.mine.json", "other.llava.json")]
+    for path in kept:
+        path.touch()
+    save_for_trainers(parity, ["llava", "sharegpt"])
+    save_for_trainers(parity, ["llava"])
+    assert sorted(parity.parent.iterdir()) == sorted([*kept, parity, parity.with_name("parity.llava.json")])
+    save_for_trainers(parity, [])
+    foreign = parity.with_name("dataset_info.json")
+    foreign.write_text('{"mine": {}}')
+    save_for_trainers(parity, [])
+    assert sorted(parity.parent.iterdir()) == sorted([*kept, parity, foreign])
+
+
 def test_an_empty_training_set(tmp_path: Path) -> None:
     (tmp_path / "parity-round-2.jsonl").touch()
     [path] = save_for_trainers(tmp_path / "parity-round-2.jsonl", ["llava"])
