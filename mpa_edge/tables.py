@@ -5,8 +5,8 @@
     hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT                   through `datasets.load_dataset`
 
 A picture's column is binary, or a struct of bytes and path as the Image feature stores it, or a path. Rows are read
-some at a time, however large the table is. No code of a dataset is ever run, and no name in a row decides what is
-written.
+some at a time, however large the table is. No code of a dataset is ever run (`datasets` from 4.0 on runs none), and no
+name in a row decides what is written.
 """
 
 from __future__ import annotations

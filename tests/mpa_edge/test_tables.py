@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,17 @@ def test_progress_counts_rows(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "p.parquet", [encoded(n) for n in range(ROWS + 1)])
     scan_images(source, store=tmp_path / "store", progress=lambda done, of: calls.append((done, of)))
     assert calls == [(ROWS, ROWS + 1), (ROWS + 1, ROWS + 1)]
+
+
+def test_no_code_of_a_dataset_is_run(hub_cache: Path, tmp_path: Path) -> None:
+    """Nor by the oldest `datasets` that may be installed: those before 4.0 run scripts."""
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(InputError, match="cannot be read"):
+        table_named(f"hf:{folder}")
+    assert not (tmp_path / "ran").exists()
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    bounds = re.findall(r'"datasets>=(\d+)', project.read_text(encoding="utf-8"))
+    assert len(bounds) == 2
+    assert all(int(bound) >= 4 for bound in bounds)
