@@ -147,7 +147,7 @@ def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "host": host(),
-        "load_before": os.getloadavg()[0],
+        "load_at_end": os.getloadavg()[0],
         "rows": rows,
         "ratios": {
             "rss_most_to_least": round(most["first"]["rss_mb"] / least["first"]["rss_mb"], 2),
