@@ -112,7 +112,7 @@ def entries_of(path: Path, data: object, annotations: Path | None = None) -> Ite
             yield number, reader(number, entry)
         except KeyError as error:
             yield number, f"no {error.args[0]!r}"
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, OverflowError, TypeError, AttributeError) as error:
             yield number, str(error)
 
 

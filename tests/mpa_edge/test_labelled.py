@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -260,6 +260,7 @@ json_values = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(json_values, st.sampled_from([".json", ".jsonl"]))
+@example([{"image_id": float("inf"), "question": "Q?"}], ".json")
 def test_whatever_the_content_it_is_read_or_refused_cleanly(tmp_path: Path, content: Any, suffix: str) -> None:
     path = tmp_path / f"test{suffix}"
     path.write_text(json.dumps(content))
