@@ -70,9 +70,15 @@ class Split(NamedTuple):
 
 
 def split_shared(
-    samples: Sequence[Sample], test: str | Path, *, cache: Path | None = None, workers: int | None = None
+    samples: Sequence[Sample],
+    test: str | Path,
+    *,
+    limit: int | None = None,
+    cache: Path | None = None,
+    workers: int | None = None,
 ) -> Split:
-    """The samples that the test does not have, and a row of reason `in_test` for each of the others, both in order.
+    """The samples that the test does not have, and a row of reason `in_test` for each of the others, both in order;
+    after `limit` kept ones the rest is not looked at, and in neither.
 
     `test` is a labelled test set as `mpa_edge.labelled` reads it; only its pictures are looked at. A row's detail names
     the test's picture and, for a near-duplicate, the distance. `cache` names a file that remembers the outcome. Memory
@@ -80,14 +86,15 @@ def split_shared(
     """
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         pictures = _TestPictures.of(test, pool)
-        key = _key(samples, pictures)
+        key = _key(samples, pictures, limit)
         shared = _read_cache(cache, key)
         if shared is None:
-            shared = _shared(samples, pictures, pool)
+            shared = _shared(samples, pictures, pool, limit)
             if cache:
                 write_atomic(cache, json.dumps({"key": key, "shared": shared}))
-    kept = [sample for sample in samples if sample.id not in shared]
-    rows = [Skipped(s.path, "in_test", shared[s.id]) for s in samples if s.id in shared]
+    kept = list(islice((sample for sample in samples if sample.id not in shared), limit))
+    looked = samples[: samples.index(kept[-1]) + 1] if len(kept) == limit else samples
+    rows = [Skipped(s.path, "in_test", shared[s.id]) for s in looked if s.id in shared]
     return Split(kept, rows, pictures.looked_at, pictures.count)
 
 
@@ -149,20 +156,27 @@ def signature_of(source: Path | bytes) -> Pictures | None:
     return np.asarray(small, np.uint8)
 
 
-def _shared(samples: Sequence[Sample], test: _TestPictures, pool: ThreadPoolExecutor) -> dict[str, str]:
-    """Why each shared sample is one, by its id."""
+def _shared(
+    samples: Sequence[Sample], test: _TestPictures, pool: ThreadPoolExecutor, limit: int | None
+) -> dict[str, str]:
+    """Why each shared sample is one, by its id; of all samples, or of as many as `limit` others take."""
     equal = (sample for sample in samples if sample.sha256 in test.names)
     shared = {sample.id: f"the same file as {test.names[sample.sha256]}" for sample in equal}
-    others = (sample for sample in samples if sample.id not in shared)
-    for chunk in _chunks(others, CHUNK):
+    others = [sample for sample in samples if sample.id not in shared]
+    kept = 0
+    for chunk in _chunks(others, min(CHUNK, limit or CHUNK)):
+        if limit is not None and kept >= limit:
+            break
         found = list(pool.map(lambda sample: signature_of(Path(sample.path)), chunk))
         signed = [(sample, signature) for sample, signature in zip(chunk, found, strict=True) if signature is not None]
+        kept += len(chunk)
         if not signed:
             continue
         copies = nearest_copies(np.stack([signature for _, signature in signed]), test.signatures)
         for (sample, _), (place, distance) in zip(signed, copies, strict=True):
             if place is not None:
                 shared[sample.id] = f"a near-duplicate of {test.signed[place]} (distance {distance:.3f})"
+                kept -= 1
     return shared
 
 
@@ -268,9 +282,9 @@ def _unit(images: Floats) -> Floats:
     return units
 
 
-def _key(samples: Sequence[Sample], pictures: _TestPictures) -> str:
+def _key(samples: Sequence[Sample], pictures: _TestPictures, limit: int | None) -> str:
     """Names all that the outcome depends on."""
-    digest = hashlib.sha256(f"{RULES}".encode())
+    digest = hashlib.sha256(f"{RULES} {limit}".encode())
     for part in (*(f"{sample.id}={sample.sha256}" for sample in samples), *sorted(pictures.names)):
         digest.update(part.encode() + b"\n")
     return digest.hexdigest()

@@ -141,10 +141,12 @@ def _look(config: AlignConfig, folder: Path) -> _Found:
         size = sum(Path(sample.path).stat().st_size for sample in samples) * count // len(samples)
         note = f"the pictures of {config.images} were not looked at but for {len(samples)}: some may be skipped"
         return _Found(samples, reasons, None, count, size, [note])
-    samples = samples[: config.limit]
     shared, notes = None, list[str]()
+    if config.test is None or config.keep_shared:
+        samples = samples[: config.limit]
     if config.test is not None:
-        split = split_shared(samples, config.test, cache=folder / ".shared.json")
+        limit = None if config.keep_shared else config.limit
+        split = split_shared(samples, config.test, limit=limit, cache=folder / ".shared.json")
         shared = len(split.shared)
         samples = samples if config.keep_shared else split.kept
         if split.looked_at < split.pictures:

@@ -190,6 +190,18 @@ def test_a_test_whose_pictures_lie_elsewhere(samples: list[Sample], tmp_path: Pa
     assert (split.looked_at, split.pictures, len(split.shared)) == (1, 2, 1)
 
 
+def test_no_more_is_looked_at_than_the_limit_takes(samples: list[Sample], tmp_path: Path) -> None:
+    copies = [scaled(Image.open(sample.path).convert("RGB"), 2) for sample in (*samples[:3], samples[9])]
+    for number, image in enumerate(copies):
+        image.save(tmp_path / f"{number}.png")
+    rows = [{"imgname": f"{number}.png", "query": "q", "label": "a"} for number in range(4)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    split = split_shared(samples[:10], tmp_path / "t.json", limit=4)
+    assert (split.kept, len(split.shared)) == (samples[3:7], 3)
+    split = split_shared(samples[:10], tmp_path / "t.json", limit=8)
+    assert (split.kept, len(split.shared)) == (samples[3:9], 4)
+
+
 def test_a_rotated_photo_is_seen_upright(tmp_path: Path) -> None:
     image = Image.effect_noise((64, 32), 90).convert("RGB")
     exif = Image.Exif()

@@ -137,7 +137,7 @@ def test_limit_and_the_pictures_of_the_test(images: Path, tmp_path: Path) -> Non
     test = tmp_path / "test" / "t.jsonl"
     test.write_text(json.dumps({"image": "t.png", "question": "q", "answers": ["a"]}))
     plan = plan_models(config(images, limit=10, test=str(test)), Teller(), Teller())
-    assert (plan.pictures, plan.shared) == (9, 1)
+    assert (plan.pictures, plan.shared) == (10, 1)
     assert "1 shared with --test" in plan.summary()
     assert not any("--test" in note for note in plan.notes)
     test.write_text(f'{test.read_text()}\n{{"image": "none.png", "question": "q", "answers": ["a"]}}')

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from mpa_edge import asking, training_set
+from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError
 from mpa_edge.fake import FakeVlm
 from mpa_edge.parts import read_parts
-from mpa_edge.records import Annotation, Case, Sample
+from mpa_edge.records import Annotation, Case, Sample, read_rows
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
 from mpa_edge.tasks import task_named
 from mpa_edge.training_set import TrainingSet, make_training_set
@@ -241,6 +244,27 @@ def test_pictures_of_the_test_are_kept_out_unless_asked_for(photos: Path, tmp_pa
     with pytest.raises(FingerprintMismatch, match=r"--images: was .*--test: was .*, is None"):
         make(photos, tmp_path / "run")
     assert (kept.scanned.pictures, kept.scanned.shared, kept.scanned.skipped) == (30, made.scanned.shared, {})
+
+
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_limit_counts_pictures_that_the_test_does_not_have(photos: Path, tmp_path: Path, source: str) -> None:
+    rows = [
+        {"image": str(photos / f"{red}.png"), "question": "What?", "answers": ["x"]} for red in (111, 113, 115, 139)
+    ]
+    test, images = tmp_path / "test.jsonl", photos
+    test.write_text("\n".join(map(json.dumps, rows)))
+    if source == "table":
+        images = tmp_path / "photos.parquet"
+        cells = [path.read_bytes() for path in sorted(photos.iterdir())]
+        parquet.write_table(pyarrow.table({"image": cells}), images)
+    run = tmp_path / "run"
+    for _ in range(2):  # going on finds the same pictures
+        scanned = make(images, run, test=str(test), limit=5).scanned
+        assert (scanned.pictures, scanned.shared, scanned.skipped) == (5, 3, {"in_test": 3})
+    used = {row.sha256 for row in read_rows(run / "samples.jsonl", Sample)}
+    assert used == {sha256_of(photos / f"{red}.png") for red in (110, 112, 114, 116, 117)}
+    assert make(images, tmp_path / "all", test=str(test), limit=30).scanned.pictures == 26
+    assert make(images, tmp_path / "kept", test=str(test), limit=5, keep_shared=True).scanned.pictures == 5
 
 
 def test_pictures_of_the_test_that_cannot_be_looked_at_are_counted(
