@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mpa_edge.align import meet, open_models
+from mpa_edge.amounts import Range, spoken_bytes, spoken_seconds
 from mpa_edge.annotate import Annotator
 from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import Skipped, counts_by_reason, scan_images, table_named
@@ -36,8 +37,6 @@ WARM_UP, FEW = 2, 8
 QUICK_SECONDS = 15.0
 # Two batches know the mean no better than that.
 MARGIN = 0.25
-
-Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,11 @@ class Plan:
         lines = [f"pictures     {self.pictures:,} to ask about; {skipped or 'none'} skipped{shared}"]
         for stage in self.stages:
             counts = ", ".join(f"{count:,} {what}" for what, count in stage.counts.items())
-            lines.append(f"{stage.name:<12} {counts}: {_spoken(stage.seconds)}")
+            lines.append(f"{stage.name:<12} {counts}: {spoken_seconds(stage.seconds)}")
         left_out = "" if all(stage.seconds for stage in self.stages) else ", without what was not measured"
-        lines.append(f"time         {_spoken(self.seconds)}{left_out}; measured on {self.sampled} pictures")
-        disk = ", ".join(f"{what} {_size(size)}" for what, size in self.disk.items())
-        lines.append(f"disk         {_size(sum(self.disk.values()))} ({disk})")
+        lines.append(f"time         {spoken_seconds(self.seconds)}{left_out}; measured on {self.sampled} pictures")
+        disk = ", ".join(f"{what} {spoken_bytes(size)}" for what, size in self.disk.items())
+        lines.append(f"disk         {spoken_bytes(sum(self.disk.values()))} ({disk})")
         return "\n".join([*lines, *(f"note         {note}" for note in self.notes)])
 
 
@@ -139,8 +138,10 @@ def _look(config: AlignConfig, folder: Path) -> _Found:
     if table:
         count = min(table.count, config.limit or table.count)
         size = sum(Path(sample.path).stat().st_size for sample in samples) * count // len(samples)
-        note = f"the pictures of {config.images} were not looked at but for {len(samples)}: some may be skipped"
-        return _Found(samples, reasons, None, count, size, [note])
+        notes = [f"the pictures of {config.images} were not looked at but for {len(samples)}: some may be skipped"]
+        if config.test is not None and not config.keep_shared:
+            notes.append("those that --test has too are still counted: the run looks for them, and leaves them out")
+        return _Found(samples, reasons, None, count, size, notes)
     shared, notes = None, list[str]()
     if config.test is None or config.keep_shared:
         samples = samples[: config.limit]
@@ -378,29 +379,3 @@ def _disk(
 def _bytes(rows: Sequence[Record | dict[str, Any]]) -> int:
     contents = (row if isinstance(row, dict) else row.to_json() for row in rows)
     return sum(len(json.dumps(content, ensure_ascii=False).encode()) + 1 for content in contents)
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
-def _spoken(seconds: Range | None) -> str:
-    """ "3 min to 5 min", or that it was not measured."""
-    if seconds is None:
-        return "not measured"
-    low, high = map(_duration, seconds)
-    return low if low == high else f"{low} to {high}"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -153,6 +153,11 @@ def test_of_a_table_only_the_sample_is_looked_at(images: Path, tmp_path: Path) -
     assert plan.pictures == 300
     assert plan.disk["pictures"] == pytest.approx(300 * len(cells[0]), rel=0.2)
     assert any("were not looked at but for 26" in note for note in plan.notes)
+    assert not any("--test" in note for note in plan.notes)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"image": "images/03.png", "question": "q", "answers": ["a"]}))
+    plan = plan_models(config(tmp_path / "p.parquet", test=str(tmp_path / "t.jsonl")), Teller(), Teller())
+    assert plan.shared is None
+    assert any("those that --test has too are still counted" in note for note in plan.notes)
 
 
 def test_a_teacher_that_writes_no_pairs(images: Path) -> None:
