@@ -21,17 +21,16 @@ from mpa_edge.annotate import Annotator
 from mpa_edge.asking import refuse_small_budget
 from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
-from mpa_edge.datasets import Skipped, scan_images
-from mpa_edge.errors import FingerprintMismatch, InputError
+from mpa_edge.errors import FingerprintMismatch
 from mpa_edge.identify import Identifier, Reidentifier
-from mpa_edge.overlap import Split, split_shared
 from mpa_edge.parts import STAGE, Parts, compare_fingerprints, digest_of_stage, drop_stage, open_parts, read_parts
-from mpa_edge.progress import counting, progress, say
+from mpa_edge.progress import progress, say
 from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
 from mpa_edge.remember import remembered
 from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, read_run
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.saving import save_for_trainers
+from mpa_edge.scan import find_pictures
 from mpa_edge.selection import Choice, choose, training_row
 from mpa_edge.tasks import task_named
 
@@ -121,7 +120,7 @@ class TrainingSetMaker:
     def scan(self) -> Scanned:
         """Find the usable pictures. Nothing of an earlier run is deleted before there are some."""
         config, run = self._config, self._run
-        samples, skipped, split = _scan(config, run)
+        samples, skipped, split = find_pictures(config, run)
         shared, looked_at = (len(split.shared), (split.looked_at, split.pictures)) if split else (None, None)
         if config.fresh:
             run.clear()
@@ -304,40 +303,6 @@ def _fill_again(
 
 def _paths(samples: Sequence[Sample]) -> dict[str, Path]:
     return {sample.id: Path(sample.path) for sample in samples}
-
-
-def _scan(config: AlignConfig, run: RunFolder) -> tuple[list[Sample], list[Skipped], Split | None]:
-    """The pictures, those left out, and what `--test` has of them; None without one."""
-    if config.test is None:
-        samples, skipped = _found(config, run, config.limit)
-        return samples[: config.limit], skipped, None
-    samples, skipped, split = _split(config, config.test, run)
-    if split.looked_at < split.pictures:
-        say(f"--test {config.test}: only {split.looked_at} of its {split.pictures} pictures could be looked at")
-    if config.keep_shared:
-        return samples, skipped, split
-    if not split.kept:
-        raise InputError(f"--images {config.images}: all pictures are in --test {config.test} too")
-    return split.kept, sorted([*skipped, *split.shared], key=lambda item: item.path), split
-
-
-def _split(config: AlignConfig, test: str, run: RunFolder) -> tuple[list[Sample], list[Skipped], Split]:
-    """`--limit` is of pictures that the test does not have; a table is read no further than that takes."""
-    wanted, cache = config.limit, run.path / ".shared.json"
-    while True:
-        samples, skipped = _found(config, run, wanted)
-        if config.keep_shared:
-            samples = samples[: config.limit]
-            return samples, skipped, split_shared(samples, test, cache=cache)
-        split = split_shared(samples, test, limit=config.limit, cache=cache)
-        if len(split.kept) == config.limit or len(samples) != wanted:
-            return samples, skipped, split
-        wanted = len(samples) + len(split.shared)
-
-
-def _found(config: AlignConfig, run: RunFolder, limit: int | None) -> tuple[list[Sample], list[Skipped]]:
-    with counting("scan") as tell:
-        return scan_images(config.images, store=run.images, limit=limit, cache=run.path / ".scan.jsonl", progress=tell)
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from mpa_edge import asking, training_set
+from mpa_edge import asking, scan
 from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError
@@ -320,7 +320,7 @@ def growth(monkeypatch: pytest.MonkeyPatch, out: Path, pictures: int) -> tuple[i
     image = Image.new("RGB", (8, 8), (3, 0, 0))
     monkeypatch.setattr(asking, "open_image", lambda path: image)
     samples = [Sample(f"{number:016x}", f"/photos/{number}.jpg", f"{number:064x}") for number in range(pictures)]
-    monkeypatch.setattr(training_set, "scan_images", lambda *_, **__: (list(samples), []))
+    monkeypatch.setattr(scan, "scan_images", lambda *_, **__: (list(samples), []))
 
     class Starts(Teacher):
         log: list[str] = []  # noqa: RUF012
