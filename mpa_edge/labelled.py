@@ -83,20 +83,22 @@ def pictures_in(path: str | Path, *, images: Path | None = None) -> Iterator[tup
     """
     if table := open_table(path, extra="align"):
         column = table.picture_column()
-        for place, root, row in table.rows([column]):
+        for place, root, cells in table.rows([column]):
             try:
-                yield place, picture_bytes(row[column], root, MAX_BYTES)
+                yield place, picture_bytes(cells[column], root, MAX_BYTES)
             except ImageError as error:
                 yield place, ImageError(place, error.reason, error.detail)
         return
     path, seen = Path(path), set[str]()
     folder = path.parent if images is None else Path(images)
+    source: Path | ImageError
     for number, row in entries_of(path, read_json(path), None):
         place = f"{path}:{number}"
         try:
             if isinstance(row, str):
                 raise _Unusable("bad_row", row)
-            name, source = (picture := _picture(row.images, folder)), Path(picture)
+            name = _picture(row.images, folder)
+            source = Path(name)
         except _Unusable as error:
             name, source = error.detail, ImageError(place, error.reason, error.detail)
         if name not in seen:

@@ -216,7 +216,7 @@ def distance(left: Pictures, right: Pictures) -> Floats:
     """One minus the correlation of each pair of signatures, the right one laid over the left one: 0 for copies."""
     ours, theirs = left.astype(np.float32), right.astype(np.float32)
     rows, columns, inside = _resampling(_alignment(ours, theirs), EDGE)
-    laid = np.stack([rows @ theirs[..., band] @ columns for band in range(3)], axis=-1)
+    laid: Floats = np.stack([rows @ theirs[..., band] @ columns for band in range(3)], axis=-1)
     ours, laid = _centred(ours, inside), _centred(laid, inside)
     power = np.sqrt(np.square(ours).sum((1, 2, 3)) * np.square(laid).sum((1, 2, 3)))
     least = np.float32(ours[0].size * LEAST_CONTRAST**2)
@@ -271,7 +271,8 @@ def _centred(images: Floats, inside: Floats) -> Floats:
 def _half(images: NDArray[np.uint8] | Floats) -> Floats:
     """At half the size."""
     count, edge, _, bands = images.shape
-    return images.reshape(count, edge // 2, 2, edge // 2, 2, bands).mean(axis=(2, 4), dtype=np.float32)
+    blocks = images.reshape(count, edge // 2, 2, edge // 2, 2, bands)
+    return np.asarray(blocks.mean(axis=(2, 4), dtype=np.float32), np.float32)
 
 
 def _unit(images: Floats) -> Floats:
