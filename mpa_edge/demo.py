@@ -88,7 +88,7 @@ def demo(
     steps = Steps(console or Console(), of=4)
     quants = bundles or BUNDLES
     given: dict[str, Any] = {
-        "images": out / "pictures",
+        "images": str(out / "pictures"),
         "out": out,
         "teacher": str(teacher),
         "student": str(student),
