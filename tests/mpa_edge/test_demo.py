@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -51,3 +53,24 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 def test_missing_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no model"):
         demo(tmp_path, teacher=tmp_path / "teacher", student=tmp_path / "student")
+
+
+def test_the_whole_road_on_a_few_pictures_and_nothing_twice(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    few: dict[str, Any] = {
+        "pictures": 60,
+        "questions": 12,
+        "bundles": {"gguf": ("q8_0",)},
+        "settings": {"questions": 1, "epochs": 1},
+        "threads": 1,
+        "console": Console(file=io.StringIO()),
+    }
+    report = json.loads(demo(tmp_path, **few).read_text())
+    variants = {one["step"]: one for one in report["variants"]}
+    assert list(variants) == ["teacher", "student", "aligned", "quantized"]
+    assert not any(one["failed"] for one in variants.values())
+    assert all(one["accuracy"]["n"] == 12 for one in variants.values())
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("bundles/*/*")}
+    assert made
+    demo(tmp_path, **few)
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("bundles/*/*")}
