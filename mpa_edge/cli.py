@@ -244,7 +244,7 @@ def bench(
     data: Annotated[Path, typer.Option(help="Labelled questions (JSONL, or a benchmark's official file).")],
     report: Annotated[Path, typer.Option(help="Folder of the report; also holds what is already measured.")],
     baseline: Annotated[
-        list[str] | None, typer.Option(help="teacher=MODEL, student=MODEL or aligned=ADAPTER; repeat for several.")
+        list[str] | None, typer.Option(help="teacher=MODEL, student=MODEL or aligned=ADAPTER, as in align; repeatable.")
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="What the questions are put and scored as.", show_default="the bundles' own")
