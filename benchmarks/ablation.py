@@ -13,17 +13,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 
 from mpa_edge.align import align_models
 from mpa_edge.answers import metric_named
-from mpa_edge.benchmarks.ablation_rows import TRIALS, Trial
+from mpa_edge.benchmarks.ablation_rows import TASK, TRIALS, Trial, slug
 from mpa_edge.benchmarks.agreement import answers_of
 from mpa_edge.benchmarks.memo import MemoVlm
 from mpa_edge.benchmarks.reference import STUDENT, TEACHER, write_home, write_pool, write_test, write_validation
@@ -35,7 +36,6 @@ from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.tasks import task_named
 
 POOL, QUESTIONS, HOME = 1500, 1500, 500
-TASK = "reference"
 OUT = Path("runs/ablation")
 METRICS = (task_named(TASK).metric, "containment")
 
@@ -74,7 +74,7 @@ def run(
         path, config = folder / f"{slug(trial.name)}.{split.value}.json", config_of(trial, seed, folder)
         made = {"settings": settings_of(config), "student": asked.describe(), "teacher": teacher.describe()}
         _once(path, made, partial(run_trial, trial, config, teacher, asked, data))
-        typer.echo(f"seed {seed}  {trial.name:32} {mean(read(path)['scores'][split.value][METRICS[0]]):.1%}")
+        typer.echo(f"seed {seed}  {trial.name:32} {fmean(read(path)['scores'][split.value][METRICS[0]]):.1%}")
 
 
 def config_of(trial: Trial, seed: int, folder: Path) -> AlignConfig:
@@ -182,16 +182,6 @@ def table(
     if results:
         write_atomic(results / "ablation.md", text)
         write_atomic(results / "ablation.json", json.dumps(found, indent=1) + "\n")
-
-
-def slug(name: str) -> str:
-    """A row's name as a file name."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
-
-
-def mean(values: Sequence[float]) -> float:
-    """Of at least one value."""
-    return sum(values) / len(values)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from mpa_edge.config import AlignConfig
 
+TASK = "reference"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -55,3 +57,8 @@ TRIALS = (
     Trial("random, of the default's size", default_of() | {"select": "random"}),
     Trial("+ deployment-aware at q4", default_of(), quant="q4", ask=True),
 )
+
+
+def slug(name: str) -> str:
+    """A row's name as a file name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()

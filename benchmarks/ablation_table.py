@@ -7,17 +7,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from mpa_edge.benchmarks.ablation_rows import TRIALS, default_of
+from mpa_edge.benchmarks.ablation_rows import TASK, TRIALS, default_of, slug
 from mpa_edge.benchmarks.host import host
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import read_questions
 from mpa_edge.tasks import task_named
 
-TASK = "reference"
 # The student knows a kind of question from this accuracy on; what it loses there was forgotten.
 KNOWN = 0.8
 # What the default is compared with, and what each ingredient is.
@@ -44,8 +44,6 @@ RESAMPLES = 4000
 
 def collect(out: Path, split: str) -> dict[str, Any]:
     """The table as JSON: `rows` and `paired`. A row counts the seeds that have it, a pair those that have both."""
-    from mpa_edge.benchmarks.ablation import slug
-
     seeds = {int(path.name.partition("-")[2]): path for path in out.glob("seed-*")}
     if not seeds:
         raise InputError(f"--out {out}: no seed has been run; see python -m mpa_edge.benchmarks.ablation run --help")
@@ -65,7 +63,7 @@ def collect(out: Path, split: str) -> dict[str, Any]:
         name: {seed: one["scores"][split][metric] for seed, one in runs.items()} for name, runs in found.items() if runs
     }
     base = _per_question(table["student"])
-    ends = tuple(_mean(_per_question(table[name])) for name in ("student", "teacher"))
+    ends = tuple(fmean(_per_question(table[name])) for name in ("student", "teacher"))
     return {
         "schema": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -103,29 +101,29 @@ def _row(
     """`forgotten`: of the questions that the student had right, the share that is wrong now. `known_kinds`: accuracy on
     the kinds that it knew. `home`: accuracy in the domain that it was trained in."""
     per_question = _per_question(scores)
-    accuracy = _mean(per_question)
+    accuracy = fmean(per_question)
     by_kind: dict[str, list[float]] = defaultdict(list)
     base_by_kind: dict[str, list[float]] = defaultdict(list)
     for kind, score, before in zip(kinds, per_question, base, strict=True):
         by_kind[kind].append(score)
         base_by_kind[kind].append(before)
-    known = [score for kind, values in base_by_kind.items() if _mean(values) >= KNOWN for score in by_kind[kind]]
+    known = [score for kind, values in base_by_kind.items() if fmean(values) >= KNOWN for score in by_kind[kind]]
     had = [score for score, before in zip(per_question, base, strict=True) if before >= 0.5]
-    home = [_mean(one["scores"]["home"][metric]) for one in runs.values() if "home" in one["scores"]]
+    home = [fmean(one["scores"]["home"][metric]) for one in runs.values() if "home" in one["scores"]]
     sizes = [sum(one["training"].values()) for one in runs.values() if "training" in one]
     return {
         "name": name,
         "seeds": len(scores),
-        "train_samples": round(_mean(sizes)) if sizes else None,
+        "train_samples": round(fmean(sizes)) if sizes else None,
         "accuracy": round(accuracy, 5),
         "ci95": interval(np.array(list(scores.values()))),
-        "accuracy_by_seed": [round(_mean(one), 5) for one in scores.values()],
-        "containment": round(_mean([_mean(one["scores"][split]["containment"]) for one in runs.values()]), 5),
+        "accuracy_by_seed": [round(fmean(one), 5) for one in scores.values()],
+        "containment": round(fmean([fmean(one["scores"][split]["containment"]) for one in runs.values()]), 5),
         "gap_closed": round((accuracy - ends[0]) / (ends[1] - ends[0]), 5),
-        "forgotten": round(1 - _mean(had), 5),
-        "known_kinds": round(_mean(known), 5) if known else None,
-        "home": round(_mean(home), 5) if home else None,
-        "by_kind": {kind: round(_mean(values), 4) for kind, values in sorted(by_kind.items())},
+        "forgotten": round(1 - fmean(had), 5),
+        "known_kinds": round(fmean(known), 5) if known else None,
+        "home": round(fmean(home), 5) if home else None,
+        "by_kind": {kind: round(fmean(values), 4) for kind, values in sorted(by_kind.items())},
     }
 
 
@@ -181,8 +179,4 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _per_question(scores: Scores) -> list[float]:
     """The mean over the seeds of each question's score."""
-    return [_mean(values) for values in zip(*scores.values(), strict=True)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return [fmean(values) for values in zip(*scores.values(), strict=True)]

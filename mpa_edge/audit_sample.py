@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mpa_edge.audit_counts import VERDICTS
+from mpa_edge.digests import digest64
 from mpa_edge.records import Annotation, Case
 
 # So many reasons of one verdict are told apart. Rejections have fewer; what servers say when they fail can be anything.
@@ -51,7 +51,7 @@ class _Lowest:
     def add(self, shown: Shown) -> None:
         row = shown.row
         self.added += 1  # keeps rows themselves from being compared
-        entry = (-_hash(f"{row.id}\n{row.question}\n{row.answer}"), self.added, shown)
+        entry = (-digest64(f"{row.id}\n{row.question}\n{row.answer}"), self.added, shown)
         if len(self.heap) < self.limit:
             heapq.heappush(self.heap, entry)
         else:
@@ -107,8 +107,4 @@ def shares(sizes: Mapping[str, int] | Mapping[tuple[str, bool], int], limit: int
 
 
 def _rank(kind: tuple[str, bool]) -> int:
-    return _hash(f"{kind}")
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+    return digest64(f"{kind}")

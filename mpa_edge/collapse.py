@@ -6,12 +6,12 @@ the answer "10:10" 65 times in 3,293; trained on, they teach the student a habit
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mpa_edge.answers import normalize_vqa
+from mpa_edge.digests import digest64
 from mpa_edge.records import Annotation
 
 # Words that two phrasings of one question may differ in. Not "how", "who", "when", "where", "many": they ask for
@@ -84,8 +84,4 @@ def collapsed(
 def keys_of(question: str, answer: str) -> tuple[int, int]:
     """What names a question, and a question with its answer, in 64 bits each: a large run has many."""
     key = question_key(question)
-    return _short(key), _short(f"{key}\n{normalize_vqa(answer)}")
-
-
-def _short(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+    return digest64(key), digest64(f"{key}\n{normalize_vqa(answer)}")

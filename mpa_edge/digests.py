@@ -13,6 +13,11 @@ from mpa_edge.bundle import sha256_of
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf", ".onnx", ".onnx_data")
 
 
+def digest64(text: str) -> int:
+    """Names a text in 64 bits; half a surrogate pair, which a teacher may write, is no obstacle."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+
+
 def digest_of_folder(folder: Path) -> str:
     """The SHA-256 over names and contents of the files that shape a model, in the order of their names."""
     return _digest_of(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES)

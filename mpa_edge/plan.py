@@ -21,7 +21,7 @@ from mpa_edge.align import meet, open_models
 from mpa_edge.amounts import Range, spoken_bytes, spoken_seconds
 from mpa_edge.annotate import Annotator
 from mpa_edge.config import AlignConfig
-from mpa_edge.datasets import Skipped, counts_by_reason, scan_images, table_named
+from mpa_edge.datasets import scan_images, table_named
 from mpa_edge.errors import MpaEdgeError
 from mpa_edge.identify import Identifier, Reidentifier
 from mpa_edge.overlap import split_shared
@@ -30,6 +30,7 @@ from mpa_edge.records import Annotation, Case, Record, Sample, write_rows
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.selection import choose, training_row
 from mpa_edge.tasks import Task, task_named
+from mpa_edge.training_set import count_by
 
 # Pictures that warm the models up, and that are measured at once; where that is quick, a batch as large as the run's
 # follows, else one more of these.
@@ -134,7 +135,7 @@ def _look(config: AlignConfig, folder: Path) -> _Found:
             cache=None if table else folder / ".scan.jsonl",
             progress=tell,
         )
-    reasons = _counted(skipped)
+    reasons = count_by(item.reason for item in skipped)
     if table:
         count = min(table.count, config.limit or table.count)
         size = sum(Path(sample.path).stat().st_size for sample in samples) * count // len(samples)
@@ -153,11 +154,6 @@ def _look(config: AlignConfig, folder: Path) -> _Found:
         if split.looked_at < split.pictures:
             notes.append(f"of --test only {split.looked_at} of {split.pictures} pictures could be looked at")
     return _Found(samples, reasons, shared, len(samples), notes=notes)
-
-
-def _counted(skipped: Sequence[Skipped]) -> dict[str, int]:
-    pairs = (pair.split(" ", 1) for pair in counts_by_reason(skipped).split(", ") if pair)
-    return {reason: int(count) for count, reason in pairs}
 
 
 # --- the sample ------------------------------------------------------------------------------------------------------
