@@ -257,3 +257,34 @@ def make_picture(width: int, height: int, seed: int = 0) -> Any:
     draw.ellipse((width // 8, height // 8, width // 2 + 1, height // 2 + 1), fill=(220, 30, 40))
     draw.rectangle((width // 3, height // 3, width - 1, height - 1), outline=(0, 0, 255))
     return image
+
+
+@pytest.fixture(scope="session")
+def gguf_bundle() -> Callable[..., Any]:
+    """`gguf_bundle(model, folder, quant, name=…, template=…, tokens=…)` converts a model into `folder` and returns its
+    manifest, without the checks that an export makes; it is not written."""
+
+    def make(
+        model: Path, folder: Path, quant: str = "f16", *, name: str = "tiny", template: str = "{question}", tokens: int
+    ) -> Any:
+        from mpa_edge.bundle import Bundle, Source
+        from mpa_edge.export.families import family_of, read_config
+        from mpa_edge.export.merged import Names
+        from mpa_edge.export.to_gguf import to_gguf
+        from mpa_edge.processors import load_processor
+
+        files, _ = to_gguf(model, {quant: folder}, Names(name))[quant]
+        config, processor = read_config(model), load_processor(model)
+        family = family_of(config)
+        return Bundle(
+            name=f"{name}-{quant}",
+            family=family.name,
+            engine="llama.cpp",
+            quantization=quant,
+            files=tuple(files),
+            image=family.image_settings(config, processor),
+            prompt=family.prompt_settings(config, processor, template, tokens),
+            source=Source(student=name, tool_version="0"),
+        )
+
+    return make

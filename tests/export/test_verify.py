@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpa_edge.bundle import Bundle, Source
+from mpa_edge.bundle import Bundle
 from mpa_edge.errors import ExportError
-from mpa_edge.export.families import family_of, read_config
-from mpa_edge.export.merged import Names
 from mpa_edge.export.samples import synthetic_questions
-from mpa_edge.export.to_gguf import to_gguf
 from mpa_edge.export.verify import Reference, ask_reference, verify
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.bundle_vlm import BundleVlm
@@ -35,22 +32,9 @@ def reference(tiny_one_tile: Path) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def manifest(tiny_one_tile: Path, folder: Path) -> Bundle:
-    from transformers import AutoProcessor
-
-    config, processor = read_config(tiny_one_tile), AutoProcessor.from_pretrained(tiny_one_tile)
-    family = family_of(config)
-    files, _ = to_gguf(tiny_one_tile, {"f16": folder}, Names("tiny"))["f16"]
-    return Bundle(
-        name="tiny",
-        family=family.name,
-        engine="llama.cpp",
-        quantization="f16",
-        files=tuple(files),
-        image=family.image_settings(config, processor),
-        prompt=family.prompt_settings(config, processor, "{question}", 6),
-        source=Source(student="tiny", tool_version="0"),
-    )
+def manifest(tiny_one_tile: Path, folder: Path, gguf_bundle: Any) -> Bundle:
+    made: Bundle = gguf_bundle(tiny_one_tile, folder, tokens=6)
+    return made
 
 
 def outcome(folder: Path, manifest: Bundle, reference: Reference) -> dict[str, Any]:

@@ -12,16 +12,12 @@ import torch
 from PIL import Image
 
 from mpa_edge.align import align, align_models
-from mpa_edge.bundle import Bundle, Source, write_bundle
+from mpa_edge.bundle import write_bundle
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError
-from mpa_edge.export.families import family_of, read_config
-from mpa_edge.export.merged import Names
-from mpa_edge.export.to_gguf import to_gguf
 from mpa_edge.fake import FakeVlm
 from mpa_edge.models import open_vlm
 from mpa_edge.parts import read_parts
-from mpa_edge.processors import load_processor
 from mpa_edge.records import Case, Sample, read_rows
 from mpa_edge.runtime import load
 from mpa_edge.runtime.images import open_image
@@ -213,28 +209,9 @@ def test_a_second_round_asks_what_the_first_one_trained(run: tuple[Path, Any], t
     assert {name: (out / "student" / name).read_bytes() for name in first} == first
 
 
-def bundle_of(model: Path, folder: Path) -> Path:
-    """A GGUF bundle of a model, without the checks that an export makes."""
-    folder.mkdir()
-    files, _ = to_gguf(model, {"q8_0": folder}, Names("tiny"))["q8_0"]
-    settings, processor = read_config(model), load_processor(model)
-    family = family_of(settings)
-    manifest = Bundle(
-        name="tiny-q8_0",
-        family=family.name,
-        engine="llama.cpp",
-        quantization="q8_0",
-        files=tuple(files),
-        image=family.image_settings(settings, processor),
-        prompt=family.prompt_settings(settings, processor, "{question}", 12),
-        source=Source(student="tiny", tool_version="0"),
-    )
-    write_bundle(folder, manifest)
-    return folder
-
-
-def test_a_bundle_is_asked_in_the_students_place(tiny_pair: Any, tmp_path: Path) -> None:
-    bundle = bundle_of(tiny_pair.student, tmp_path / "bundle")
+def test_a_bundle_is_asked_in_the_students_place(tiny_pair: Any, tmp_path: Path, gguf_bundle: Any) -> None:
+    bundle = tmp_path / "bundle"
+    write_bundle(bundle, gguf_bundle(tiny_pair.student, bundle, "q8_0", tokens=12))
     result = align(config(tiny_pair, tmp_path / "run", ask=str(bundle), limit=12, epochs=1))
     assert result.adapter.joinpath("adapter_model.safetensors").exists()
     log = json.loads((tmp_path / "run" / "run.json").read_text())

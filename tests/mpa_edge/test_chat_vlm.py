@@ -30,7 +30,7 @@ from mpa_edge.benchmarks.measure import read_measured
 from mpa_edge.benchmarks.reference import write_test
 from mpa_edge.benchmarks.variants import size_bytes, variants_of
 from mpa_edge.benchmarks.worker import Ask, Job, open_variant, work
-from mpa_edge.bundle import Bundle, Source, read_bundle, write_bundle
+from mpa_edge.bundle import read_bundle, write_bundle
 from mpa_edge.chat_address import api_key, parse_spec
 from mpa_edge.chat_messages import ENCODING, PNG_PIXELS, data_url, request_of
 from mpa_edge.chat_vlm import FAILED_IN_A_ROW, ChatVlm
@@ -555,28 +555,10 @@ def test_a_budget_ends_a_run_and_the_next_one_goes_on(samples: list[Sample], tmp
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory, gguf_bundle: Any) -> Path:
     """The reference teacher, exported."""
-    from mpa_edge.export.families import family_of, read_config
-    from mpa_edge.export.merged import Names
-    from mpa_edge.export.to_gguf import to_gguf
-    from mpa_edge.processors import load_processor
-
-    model, folder = REFERENCE / "teacher", tmp_path_factory.mktemp("gguf")
-    files, _ = to_gguf(model, {"f16": folder}, Names("teacher"))["f16"]
-    config, processor = read_config(model), load_processor(str(model))
-    family = family_of(config)
-    manifest = Bundle(
-        name="exported",
-        family=family.name,
-        engine="llama.cpp",
-        quantization="f16",
-        files=tuple(files),
-        image=family.image_settings(config, processor),
-        prompt=family.prompt_settings(config, processor, "{question}", 12),
-        source=Source(student="teacher", tool_version="0"),
-    )
-    write_bundle(folder, manifest)
+    folder = tmp_path_factory.mktemp("gguf")
+    write_bundle(folder, gguf_bundle(REFERENCE / "teacher", folder, name="teacher", tokens=12))
     return folder
 
 

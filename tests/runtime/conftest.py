@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from mpa_edge.bundle import Bundle, Source
+from mpa_edge.bundle import Bundle
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.server import create_app
@@ -43,28 +43,10 @@ def _running(vlm: BundleVlm, **options: Any) -> Iterator[tuple[str, uvicorn.Serv
 
 
 @pytest.fixture(scope="session")
-def served(tiny_one_tile: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+def served(tiny_one_tile: Path, tmp_path_factory: pytest.TempPathFactory, gguf_bundle: Any) -> tuple[Path, Bundle]:
     """The folder of a tiny bundle, and its manifest."""
-    from transformers import AutoProcessor
-
-    from mpa_edge.export.families import family_of, read_config
-    from mpa_edge.export.merged import Names
-    from mpa_edge.export.to_gguf import to_gguf
-
     folder = tmp_path_factory.mktemp("served") / "f16"
-    processor, config = AutoProcessor.from_pretrained(tiny_one_tile), read_config(tiny_one_tile)
-    family = family_of(config)
-    files, _ = to_gguf(tiny_one_tile, {"f16": folder}, Names("tiny"))["f16"]
-    return folder, Bundle(
-        name="tiny-f16",
-        family=family.name,
-        engine="llama.cpp",
-        quantization="f16",
-        files=tuple(files),
-        image=family.image_settings(config, processor),
-        prompt=family.prompt_settings(config, processor, "Q: {question}", 8),
-        source=Source(student="tiny", tool_version="0"),
-    )
+    return folder, gguf_bundle(tiny_one_tile, folder, template="Q: {question}", tokens=8)
 
 
 @pytest.fixture(scope="session")
