@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +74,18 @@ def _teach(base: Path, discs: list[tuple[Path, str]], out: Path) -> None:
             optimizer.step()
     vlm.model.save_pretrained(out)
     vlm.processor.save_pretrained(out)
+
+
+@pytest.fixture(scope="session")
+def disc_examples(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """`disc_examples(count, *questions)`: training examples of discs in four colours; the questions take turns."""
+    from mpa_edge.training_data import Example
+
+    def make(count: int, *questions: str) -> list[Any]:
+        discs = enumerate(draw_discs(tmp_path_factory.mktemp("discs"), count))
+        return [
+            Example(f"e{number}", f"g{number}", path, questions[number % len(questions)], colour, "parity")
+            for number, (path, colour) in discs
+        ]
+
+    return make

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 from mpa_edge import level as level_module
 from mpa_edge.config import AlignConfig
@@ -31,18 +31,9 @@ COLOURS = ("red", "green", "blue", "yellow")
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
-    """Discs in four colours; the question is always which."""
-    folder = tmp_path_factory.mktemp("discs")
-    rows = []
-    for number in range(24):
-        colour = COLOURS[number % 4]
-        image = Image.new("RGB", (64, 64), (number, 10, 10))
-        ImageDraw.Draw(image).ellipse((5, 5, 60, 60), fill=colour)
-        image.save(folder / f"{number:02d}.png")
-        question = "Which colour is it?" if number % 2 else "What colour?"
-        rows.append(Example(f"e{number}", f"g{number}", folder / f"{number:02d}.png", question, colour, "parity"))
-    return rows
+def examples(disc_examples: Callable[..., list[Example]]) -> list[Example]:
+    """Discs in four colours."""
+    return disc_examples(24, "What colour?", "Which colour is it?")
 
 
 def config(student: Path, **settings: Any) -> AlignConfig:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from mpa_edge import level as level_module
@@ -23,22 +22,13 @@ from mpa_edge.runtime.vlm import Decoding
 from mpa_edge.training_data import Example, TrainingData
 from mpa_edge.transformers_vlm import TransformersVlm
 
-COLOURS = ("red", "green", "blue", "yellow")
 Student = Callable[[], TransformersVlm]
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
+def examples(disc_examples: Callable[..., list[Example]]) -> list[Example]:
     """Discs in four colours."""
-    folder = tmp_path_factory.mktemp("discs")
-    rows = []
-    for number in range(20):
-        colour = COLOURS[number % 4]
-        image = Image.new("RGB", (64, 64), (number, 10, 10))
-        ImageDraw.Draw(image).ellipse((5, 5, 60, 60), fill=colour)
-        image.save(folder / f"{number:02d}.png")
-        rows.append(Example(f"e{number}", f"g{number}", folder / f"{number:02d}.png", "What colour?", colour, "parity"))
-    return rows
+    return disc_examples(20, "What colour?")
 
 
 @pytest.fixture

@@ -53,3 +53,29 @@ def served(tiny_one_tile: Path, tmp_path_factory: pytest.TempPathFactory, gguf_b
 def vlm(served: tuple[Path, Bundle]) -> Iterator[BundleVlm]:
     with open_bundle(*served, threads=1) as opened:
         yield opened
+
+
+@pytest.fixture
+def check_kept_pictures(picture: Callable[..., Any]) -> Callable[[BundleVlm, str], None]:
+    """Answers are the same to the bit, log-probability too, whether the picture was kept, read again from its features,
+    or encoded."""
+
+    def told(answers: list[Any]) -> list[Any]:
+        return [(answer.tokens, answer.logprob) for answer in answers]
+
+    def check(vlm: BundleVlm, question: str) -> None:
+        image, other = picture(200, 180, seed=1), picture(200, 40, seed=2)
+        asked = [(image, question), (image, "How many? " * 40), (other, "Yes or no?"), (image, "Yes or no?")]
+        alone = []
+        for pair in asked:
+            alone += vlm.ask_many([pair])
+            vlm.logits(other, "?")  # forgets where the picture was
+        kept = vlm.ask_many(asked)
+        with vlm.look(image) as view, vlm.look(other) as second:
+            vlm._engine.encode = None  # type: ignore[assignment,method-assign]  # from here on, nothing is encoded
+            looked = [(second if seen is other else view).ask(text) for seen, text in asked]
+        assert told(alone) == told(kept) == told(looked)
+        assert [answer.cached_tokens > 0 for answer in alone] == [False] * 4
+        assert [answer.cached_tokens > 0 for answer in kept] == [False, True, False, False]
+
+    return check

@@ -141,26 +141,9 @@ def test_features_must_match_the_image_tokens(full: BundleVlm, picture: Callable
         full._engine.prefill(tokens, full._engine.encode(tiles[:-1]))
 
 
-def test_a_kept_picture_gives_the_very_same_answers(tiled: Pair, picture: Callable[..., Any]) -> None:
-    """To the bit: the log-probability too, whether the picture was kept, read again from its features, or encoded."""
-    image, other = picture(200, 180, seed=1), picture(200, 40, seed=2)
-    asked = [(image, QUESTION), (image, "How many? " * 40), (other, "Yes or no?"), (image, "Yes or no?")]
-
-    def told(answers: list[Any]) -> list[Any]:
-        return [(answer.tokens, answer.logprob) for answer in answers]
-
+def test_a_kept_picture_gives_the_very_same_answers(tiled: Pair, check_kept_pictures: Callable[..., None]) -> None:
     with tiled.open("f16") as vlm:
-        alone = []
-        for pair in asked:
-            alone += vlm.ask_many([pair])
-            vlm.logits(other, "?")  # forgets where the picture was
-        kept = vlm.ask_many(asked)
-        with vlm.look(image) as view, vlm.look(other) as second:
-            vlm._engine.encode = None  # whatever comes now, nothing is encoded
-            looked = [(second if seen is other else view).ask(question) for seen, question in asked]
-    assert told(alone) == told(kept) == told(looked)
-    assert [answer.cached_tokens > 0 for answer in alone] == [False] * 4
-    assert [answer.cached_tokens > 0 for answer in kept] == [False, True, False, False]
+        check_kept_pictures(vlm, QUESTION)
 
 
 def test_memory_does_not_grow(tiled: Pair, picture: Callable[..., Any]) -> None:
