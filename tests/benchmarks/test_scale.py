@@ -1,17 +1,26 @@
-"""The benchmark of large runs, on a small one."""
+"""The benchmark of large runs measures what it says, in processes of their own."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from mpa_edge.benchmarks.scale import measure, write_pictures
+from typer.testing import CliRunner
+
+from mpa_edge.benchmarks.scale import app
 
 
-def test_a_run_of_fakes_is_measured_and_resumed(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 60)
-    first, resumed = measure(tmp_path, 60), measure(tmp_path, 60)
-    assert set(first["verdicts"]) == {"agree", "parity", "unconfirmed"}
-    assert sum(first["verdicts"].values()) == 60
-    assert 0 < first["training_rows"] <= 60
-    assert first["rss_mb"] >= first["imported_mb"] > 10
-    assert (resumed["verdicts"], resumed["training_rows"]) == (first["verdicts"], first["training_rows"])
+def test_each_size_is_run_and_resumed(tmp_path: Path) -> None:
+    result = tmp_path / "scale.json"
+    typed = ["--out", str(tmp_path / "out"), "--results", str(result), "--sizes", "20", "--sizes", "40"]
+    done = CliRunner().invoke(app, typed)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["pictures"] for row in rows] == [20, 40]
+    for row in rows:
+        assert sum(row["first"]["verdicts"].values()) == row["pictures"]
+        assert row["resumed"]["verdicts"] == row["first"]["verdicts"]
+        assert 0 < row["first"]["training_rows"] == row["resumed"]["training_rows"]
+        assert row["first"]["imported_mb"] <= row["first"]["rss_mb"]
+    runs = {path.parent.name for path in (tmp_path / "out").glob("run-*/parity.jsonl")}
+    assert runs == {"run-20", "run-40"}
