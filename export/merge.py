@@ -249,6 +249,4 @@ def _write_card(base: Path, out: Path) -> None:
     card = base / "README.md"
     found = re.search(r"^license: *(.+)$", card.read_text(errors="replace") if card.is_file() else "", re.MULTILINE)
     license_line = f"license: {found.group(1)}\n" if found else ""
-    (out / "README.md").write_text(
-        f"---\n{license_line}---\n{base.name}, with an adapter of mpa-edge merged into it.\n"
-    )
+    (out / "README.md").write_text(f"---\n{license_line}---\n{base.name}, trained and merged by mpa-edge.\n")
