@@ -54,16 +54,23 @@ class File(Strict):
 
 
 class ImageSettings(Strict):
-    """How a picture becomes tiles; the training processor's own values."""
+    """How a picture becomes the model's pixel values; the training processor's own values. What only some families
+    have stands in the class of their plan."""
 
-    tile_size: int = Field(gt=0, le=4096)
-    longest_edge: int = Field(gt=0, le=16384)
-    split: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale_factor: float
     resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-    tokens_per_tile: int = Field(gt=0)
+
+
+class Idefics3Images(ImageSettings):
+    """Square tiles of a picture that is scaled to `longest_edge`, and an overview; see `mpa_edge.runtime.idefics3`."""
+
+    plan: Literal["idefics3"] = "idefics3"
+    tile_size: int = Field(gt=0, le=4096)
+    longest_edge: int = Field(gt=0, le=16384)
+    split: bool
+    tokens_per_tile: int = Field(gt=0, le=65536)
 
 
 class PromptSettings(Strict):
@@ -104,7 +111,7 @@ class Bundle(Strict):
     engine: Literal["llama.cpp", "onnxruntime"]
     quantization: str
     files: tuple[File, ...]
-    image: ImageSettings
+    image: Idefics3Images
     prompt: PromptSettings
     source: Source
     # Outcomes of the export checks by name, e.g. {"merge": {...}, "verify": {"token_agreement": 1.0, ...}}.

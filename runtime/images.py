@@ -1,6 +1,6 @@
-"""Pictures to tiles and tiles to pixel values: numpy and Pillow only, equal to the training processor's to the bit.
+"""Pictures from anywhere to upright RGB, and pixels to pixel values: numpy and Pillow only.
 
-The steps and their rounding are those of transformers' `Idefics3ImageProcessorPil`; the tests hold both side by side.
+What lies between, resizing and cutting, is each family's own: see `mpa_edge.runtime.families`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import math
 import os
 from typing import IO, TypeAlias, cast
 
@@ -25,8 +24,6 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.u
 MAX_PIXELS = 80_000_000
 # Formats that Pillow decodes by itself: EPS and the like would start other programs on a file from anywhere.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# transformers' MAX_IMAGE_SIZE: whatever `longest_edge` says, no picture is scaled beyond it.
-MAX_EDGE = 4096
 
 
 def open_image(source: Source, *, min_edge: int = 1, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -54,35 +51,6 @@ def open_image(source: Source, *, min_edge: int = 1, max_pixels: int = MAX_PIXEL
     finally:
         if image is not source:
             image.close()
-
-
-def tiles_of(image: Image.Image, settings: ImageSettings) -> tuple[NDArray[np.uint8], int, int]:
-    """Cut an RGB picture as the training processor does.
-
-    Returns uint8 (tiles, tile_size, tile_size, 3) with the overview last, and the grid's rows and columns; (1, 0, 0)
-    where the picture is one tile.
-    """
-    resample = Image.Resampling[settings.resample.upper()]
-    tile = settings.tile_size
-    image = image.resize(_longest_edge_size(image.size, settings.longest_edge), resample)
-    if not settings.split:
-        return np.asarray(image.resize((tile, tile), resample))[None], 0, 0
-    image = image.resize(_whole_tiles_size(image.size, tile), resample)
-    if image.size == (tile, tile):
-        return np.asarray(image)[None], 0, 0
-    rows, columns = image.height // tile, image.width // tile
-    pixels = np.asarray(image).reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
-    overview = np.asarray(image.resize((tile, tile), resample))[None]
-    return np.concatenate([pixels, overview]), rows, columns
-
-
-def grid_of(size: tuple[int, int], settings: ImageSettings) -> tuple[int, int]:
-    """The grid's rows and columns of a picture (width, height), as `tiles_of` cuts it; (0, 0) where it is one tile."""
-    if not settings.split:
-        return 0, 0
-    width, height = _whole_tiles_size(_longest_edge_size(size, settings.longest_edge), settings.tile_size)
-    rows, columns = height // settings.tile_size, width // settings.tile_size
-    return (0, 0) if rows == columns == 1 else (rows, columns)
 
 
 def normalise(tiles: NDArray[np.uint8], settings: ImageSettings) -> NDArray[np.float32]:
@@ -150,41 +118,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     rgb = Image.new("RGB", image.size)
     rgb.paste(image.convert("RGB"))
     return rgb
-
-
-def _longest_edge_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """The size at which the longer edge is `longest`; the shorter one is truncated and then made even."""
-    width, height = size
-    ratio = width / height
-    if width >= height:
-        width, height = longest, int(longest / ratio)
-        height += height % 2
-    else:
-        width, height = int(longest * ratio), longest
-        width += width % 2
-    return _below_max_edge(max(width, 1), max(height, 1))
-
-
-def _below_max_edge(width: int, height: int) -> tuple[int, int]:
-    ratio = width / height
-    if width >= height and width > MAX_EDGE:
-        width, height = MAX_EDGE, int(MAX_EDGE / ratio)
-    elif height > width and height > MAX_EDGE:
-        width, height = int(MAX_EDGE * ratio), MAX_EDGE
-    return max(width, 1), max(height, 1)
-
-
-def _whole_tiles_size(size: tuple[int, int], tile: int) -> tuple[int, int]:
-    """Both edges rounded up to whole tiles; the shorter one follows the longer one's rounding first."""
-    width, height = size
-    ratio = width / height
-    if width >= height:
-        width = math.ceil(width / tile) * tile
-        height = math.ceil(int(width / ratio) / tile) * tile
-    else:
-        height = math.ceil(height / tile) * tile
-        width = math.ceil(int(height * ratio) / tile) * tile
-    return width, height
 
 
 def _name_of(source: Source) -> str:
