@@ -29,7 +29,7 @@ def load_processor(spec: str | Path, longest_edge: int | None = None) -> Any:
 
     known: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(spec)), AutoProcessor)
     if known is not AutoProcessor and VIDEOS in known.get_attributes():
-        processor = _without_videos(known).from_pretrained(spec, backend="pil", **{VIDEOS: None})
+        processor = without_videos(known).from_pretrained(spec, backend="pil", **{VIDEOS: None})
     else:
         processor = AutoProcessor.from_pretrained(spec, backend="pil")
     if longest_edge is not None:
@@ -73,7 +73,7 @@ def save_limit(folder: Path, images: Any) -> None:
         write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _without_videos(processor: Any) -> Any:
+def without_videos(processor: Any) -> Any:
     """A processor class that loads no part for videos: transformers (5.23) has them for torchvision only, and refuses
     to load the others with `backend="pil"`, or at all where torchvision is not installed."""
     parts = [part for part in processor.get_attributes() if part != VIDEOS]
