@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from PIL import Image
 
-from mpa_edge.bundle import ImageSettings, PromptSettings
+from mpa_edge.bundle import Idefics3Images, ImageSettings, PromptSettings
 from mpa_edge.errors import ExportError, UnknownFamily
 
 
@@ -38,7 +38,7 @@ class Idefics3:
 
     name = "idefics3"
 
-    def image_settings(self, config: Mapping[str, Any], processor: Any) -> ImageSettings:
+    def image_settings(self, config: Mapping[str, Any], processor: Any) -> Idefics3Images:
         """See `Family`. Raises `ExportError` where processor and model disagree, or a step is switched off."""
         images = processor.image_processor
         for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
@@ -54,7 +54,7 @@ class Idefics3:
                 f"model and processor disagree: tiles of {vision['image_size']} pixels and {tokens} tokens in "
                 f"config.json, {tile} pixels and {processor.image_seq_len} tokens in the processor's files"
             )
-        return ImageSettings(
+        return Idefics3Images(
             tile_size=tile,
             longest_edge=size,
             split=images.do_image_splitting,

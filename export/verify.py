@@ -16,7 +16,6 @@ import torch
 from mpa_edge.errors import ExportError
 from mpa_edge.export.samples import Question
 from mpa_edge.runtime.bundle_vlm import BundleVlm
-from mpa_edge.runtime.images import normalise
 from mpa_edge.runtime.vlm import Answer, Decoding
 from mpa_edge.transformers_vlm import TransformersVlm
 
@@ -36,7 +35,7 @@ class Reference:
     decoding: Decoding
     answers: Sequence[Answer]
     tokens: Sequence[Sequence[int]]
-    pixels: Sequence[np.ndarray[Any, Any]]
+    pixels: Sequence[dict[str, np.ndarray[Any, Any]]]
     logits: Sequence[np.ndarray[Any, Any]]
     drawn: int = 0
 
@@ -56,7 +55,7 @@ def ask_reference(
         decoding=decoding,
         answers=answers,
         tokens=[row["input_ids"][0].tolist() for row in inputs],
-        pixels=[row["pixel_values"][0].float().cpu().numpy() for row in inputs],
+        pixels=[_vision_inputs(row) for row in inputs],
         logits=logits,
         drawn=drawn,
     )
@@ -66,7 +65,7 @@ def verify(bundle: BundleVlm, reference: Reference) -> dict[str, Any]:
     """Ask the bundle the same and compare; returns the outcome, raises `ExportError` when it is not the same model."""
     _check_inputs(bundle, reference)
     errors = [
-        float(np.abs(bundle.logits(question.image, question.prompt) - expected).max())
+        float(np.abs(bundle.logits([question.image], question.prompt) - expected).max())
         for question, expected in zip(reference.questions, reference.logits, strict=False)
     ]
     questions = reference.questions
@@ -85,16 +84,21 @@ def verify(bundle: BundleVlm, reference: Reference) -> dict[str, Any]:
     return outcome
 
 
+def _vision_inputs(inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """What the processor makes of the picture, by the names that the vision encoder has for it."""
+    return {name: inputs[name].cpu().numpy() for name in ("pixel_values", "image_grid_thw") if name in inputs}
+
+
 def _check_inputs(bundle: BundleVlm, reference: Reference) -> None:
     for question, tokens, pixels in zip(reference.questions, reference.tokens, reference.pixels, strict=True):
-        got, tiles = bundle.prepare(question.image, question.prompt)
+        got, picture = bundle.prepare([question.image], question.prompt)
         if list(got) != list(tokens):
             raise ExportError(
                 f"the runtime's prompt differs from the processor's for {question.prompt!r}: {len(got)} tokens, "
                 f"{len(tokens)} in transformers"
             )
-        values = normalise(tiles, bundle.bundle.image)
-        if values.shape != pixels.shape or not np.array_equal(values, pixels):
+        values = bundle.family.pixel_values(picture.cuts[0], bundle.bundle.image)
+        if not all(np.array_equal(values[name], wanted) for name, wanted in pixels.items()):
             raise ExportError(
                 "the runtime's pixels differ from the processor's: was the model asked through another image backend "
                 "than Pillow's?"

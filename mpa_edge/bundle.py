@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mpa_edge.errors import BundleError
 from mpa_edge.records import write_atomic
@@ -73,16 +73,63 @@ class Idefics3Images(ImageSettings):
     tokens_per_tile: int = Field(gt=0, le=65536)
 
 
+class QwenVlImages(ImageSettings):
+    """A picture in one piece of dynamic size, `min_pixels` to `max_pixels` in all, as patches of which `merge_size` in
+    each direction make one image token; see `mpa_edge.runtime.qwen_vl`."""
+
+    plan: Literal["qwen_vl"] = "qwen_vl"
+    patch_size: int = Field(gt=0, le=64)
+    merge_size: int = Field(gt=0, le=8)
+    temporal_patch_size: int = Field(gt=0, le=4)
+    min_pixels: int = Field(gt=0)
+    max_pixels: int = Field(gt=0, le=4096**2)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> QwenVlImages:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} exceeds max_pixels {self.max_pixels}")
+        return self
+
+
+class LlavaImages(ImageSettings):
+    """One square tile: the centre of a picture whose shorter edge is scaled to `shortest_edge`, or the whole picture,
+    squeezed, where that is None; see `mpa_edge.runtime.llava`."""
+
+    plan: Literal["llava"] = "llava"
+    tile_size: int = Field(gt=0, le=4096)
+    shortest_edge: int | None = Field(default=None, gt=0, le=4096)
+    tokens_per_tile: int = Field(gt=0, le=65536)
+
+
+class InternVlImages(ImageSettings):
+    """`min_patches` to `max_patches` square tiles in the grid whose shape is nearest to the picture's, and an overview
+    where there is more than one; see `mpa_edge.runtime.internvl`."""
+
+    plan: Literal["internvl"] = "internvl"
+    tile_size: int = Field(gt=0, le=1024)
+    min_patches: int = Field(gt=0)
+    max_patches: int = Field(gt=0, le=64)
+    tokens_per_tile: int = Field(gt=0, le=65536)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> InternVlImages:
+        if self.min_patches > self.max_patches:
+            raise ValueError(f"min_patches {self.min_patches} exceeds max_patches {self.max_patches}")
+        return self
+
+
 class PromptSettings(Strict):
     """How a question becomes tokens.
 
     `chat_template` is the tokenizer's Jinja template; `question_template` is the task's inference prompt with
-    `{question}` in it, the same that identification and training used.
+    `{question}` in it, the same that identification and training used. `begin_token_ids` are what the tokenizer
+    puts before a prompt whose template does not.
     """
 
     chat_template: str
     question_template: str = "{question}"
     image_token: str
+    begin_token_ids: tuple[int, ...] = ()
     stop_token_ids: tuple[int, ...]
     max_new_tokens: int = Field(gt=0)
     context_length: int = Field(gt=0)
@@ -105,10 +152,10 @@ class Source(Strict):
 class Bundle(Strict):
     """The content of `bundle.json`."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     family: str
-    engine: Literal["llama.cpp", "onnxruntime"]
+    engine: Literal["llama.cpp", "onnxruntime", "openvino"]
     quantization: str
     files: tuple[File, ...]
     image: Idefics3Images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from PIL.Image import Image
 from tokenizers import Tokenizer
@@ -13,11 +13,14 @@ from tokenizers import Tokenizer
 from mpa_edge.bundle import Bundle
 from mpa_edge.errors import InputError, ModelError
 from mpa_edge.runtime.answering import AnswerStream, Clock
-from mpa_edge.runtime.engine import Engine, Logits, Tiles
-from mpa_edge.runtime.images import Source, open_image, tiles_of
+from mpa_edge.runtime.engine import Engine, Logits
+from mpa_edge.runtime.families import family_of_bundle
+from mpa_edge.runtime.images import Source, open_image
 from mpa_edge.runtime.look import Picture, Reader, View
 from mpa_edge.runtime.prompts import Prompts, Turn
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
+
+Sources: TypeAlias = "list[Source] | tuple[Source, ...]"
 
 # A tile's features take 0.25 MB in a model of SmolVLM-500M's size: some fifteen pictures of 17 tiles.
 CACHE_MB = 64
@@ -38,10 +41,11 @@ class BundleVlm:
         self.bundle = bundle
         self.name = bundle.name
         self.engine: str = engine.name
-        self.prompts = Prompts(tokenizer, bundle.prompt, bundle.family, bundle.image.tokens_per_tile)
+        self.family = family_of_bundle(bundle)
+        self.prompts = Prompts(tokenizer, bundle.prompt)
         self.lock = threading.RLock()
         self._engine: Engine | None = engine
-        self._reader = Reader(engine, self.prompts.image_token_id, cache_mb * 1_000_000)
+        self._reader = Reader(engine, self.family, self.prompts.image_token_id, cache_mb * 1_000_000)
 
     def answer(self, images: Sequence[Image], prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[Answer]:
         """See `Vlm.answer`; pairs are answered one after the other."""
@@ -51,7 +55,7 @@ class BundleVlm:
 
     def ask(
         self,
-        image: Source,
+        image: Source | Sources,
         question: str,
         decoding: Decoding | None = None,
         *,
@@ -59,15 +63,16 @@ class BundleVlm:
     ) -> Answer:
         """Answer a question about a picture, put with the task's question template.
 
-        `image` is anything that `open_image` takes. Without `decoding` the answer is greedy and as long as the task
-        has it, or `max_new_tokens`. Raises `ImageError` for a picture that cannot be used and `InputError` for a prompt
-        that exceeds the context.
+        `image` is anything that `open_image` takes, or a list of such for a question about several pictures, which
+        models that were trained on single ones may not be good at. Without `decoding` the answer is greedy and as
+        long as the task has it, or `max_new_tokens`. Raises `ImageError` for a picture that cannot be used and
+        `InputError` for a prompt that exceeds the context.
         """
         return self.stream(image, question, decoding, max_new_tokens=max_new_tokens).result()
 
     def ask_many(
         self,
-        pairs: Iterable[tuple[Source, str]],
+        pairs: Iterable[tuple[Source | Sources, str]],
         decoding: Decoding | None = None,
         *,
         max_new_tokens: int | None = None,
@@ -86,43 +91,46 @@ class BundleVlm:
 
     def stream(
         self,
-        image: Source,
+        image: Source | Sources,
         question: str,
         decoding: Decoding | None = None,
         *,
         max_new_tokens: int | None = None,
     ) -> AnswerStream:
         """Like `ask`, as an iterator of pieces of text; after the last one `.answer` holds the whole answer."""
-        return self.chat(image, [_turn(question)], decoding, max_new_tokens=max_new_tokens)
+        turns = [_turn(question, len(_listed(image)))]
+        return self.chat(image, turns, decoding, max_new_tokens=max_new_tokens)
 
     def chat(
         self,
-        image: Source,
+        image: Source | Sources,
         turns: Sequence[Turn],
         decoding: Decoding | None = None,
         *,
         max_new_tokens: int | None = None,
         raw: bool = False,
     ) -> AnswerStream:
-        """Like `stream`, for a conversation about one picture: the first turn with `picture` shows it, the last asks.
+        """Like `stream`, for a conversation: turns with `pictures` show that many of `image`, the last one asks.
 
         The user's texts are put with the task's question template, unless `raw`. A conversation of several turns is
         something that models trained on single questions may not be good at.
         """
-        if sum(turn.picture for turn in turns) != 1:
-            raise InputError("one turn must have the picture, and one only")
+        images = _listed(image)
+        shown = sum(turn.pictures for turn in turns)
+        if not images or shown != len(images):
+            raise InputError(f"the turns show {shown} pictures, {len(images)} are given")
         if not raw:
             turns = [replace(turn, text=self.put(turn.text)) if turn.role == "user" else turn for turn in turns]
-        picture = open_image(image)
-        return AnswerStream(self, lambda: self.see(picture), turns, self.decoding(decoding, max_new_tokens))
+        pictures = [open_image(source) for source in images]
+        return AnswerStream(self, lambda: self.see(pictures), turns, self.decoding(decoding, max_new_tokens))
 
-    def look(self, image: Source) -> View:
+    def look(self, image: Source | Sources) -> View:
         """Encode and read a picture now, for any number of questions: `with vlm.look(image) as view: view.ask(…)`."""
-        opened, clock = open_image(image), Clock()
+        opened, clock = [open_image(source) for source in _listed(image)], Clock()
         with self.lock:
             picture = self.see(opened)
             picture.kept = True
-            prefix, _ = self.reader.split(self.prompts.tokens("", picture.rows, picture.columns))
+            prefix, _ = self.reader.split(self.prompts.tokens("", self._layouts(picture)))
             clock.lap("preprocess")
             self.reader.encode(picture, prefix)
             clock.lap("vision")
@@ -139,18 +147,19 @@ class BundleVlm:
         decoding = decoding or Decoding(max_new_tokens=self.bundle.prompt.max_new_tokens)
         return decoding if max_new_tokens is None else replace(decoding, max_new_tokens=max_new_tokens)
 
-    def see(self, image: Image) -> Picture:
-        """A picture cut into tiles."""
-        return Picture(*tiles_of(image, self.bundle.image))
+    def see(self, images: Sequence[Image]) -> Picture:
+        """Upright RGB pictures as the model gets them."""
+        return Picture(tuple(self.family.cut(image, self.bundle.image) for image in images))
 
     def tokens(self, turns: Sequence[Turn], picture: Picture) -> list[int]:
         """The token ids of the whole prompt; `InputError` when it leaves no room for an answer."""
-        tokens = self.prompts.conversation(turns, picture.rows, picture.columns)
+        tokens = self.prompts.conversation(turns, self._layouts(picture))
         if self.room(tokens) <= 0:
+            seen = tokens.count(self.prompts.image_token_id)
             raise InputError(
-                f"the prompt takes {len(tokens)} of {self.bundle.prompt.context_length} tokens "
-                f"({len(picture.tiles)} tiles of {self.bundle.image.tokens_per_tile}) and leaves no room for an "
-                "answer; ask a shorter question, or export with a smaller longest edge"
+                f"the prompt takes {len(tokens)} of {self.bundle.prompt.context_length} tokens ({seen} of them image "
+                "tokens) and leaves no room for an answer; ask a shorter question, or export with a smaller longest "
+                "edge"
             )
         return tokens
 
@@ -158,19 +167,19 @@ class BundleVlm:
         """How many tokens the context still takes after this prompt."""
         return self.bundle.prompt.context_length - len(tokens)
 
-    def prepare(self, image: Image, prompt: str) -> tuple[list[int], Tiles]:
-        """The token ids of the whole prompt, image tokens included, and the tiles that those stand for.
+    def prepare(self, images: Sequence[Image], prompt: str) -> tuple[list[int], Picture]:
+        """The token ids of the whole prompt, image tokens included, and the pictures that those stand for.
 
         Raises `InputError` when the prompt leaves no room for an answer.
         """
-        picture = self.see(image)
-        return self.tokens([_turn(prompt)], picture), picture.tiles
+        picture = self.see(images)
+        return self.tokens([_turn(prompt, len(images))], picture), picture
 
-    def logits(self, image: Image, prompt: str) -> Logits:
+    def logits(self, images: Sequence[Image], prompt: str) -> Logits:
         """Logits (positions, vocabulary) at every position of the prompt, for comparison with another engine."""
-        tokens, tiles = self.prepare(image, prompt)
+        tokens, picture = self.prepare(images, prompt)
         with self.lock:
-            return self.reader.read_all(tokens, tiles)
+            return self.reader.read_all(tokens, picture)
 
     @property
     def reader(self) -> Reader:
@@ -205,13 +214,21 @@ class BundleVlm:
 
     def _answer_or_error(self, image: Image, prompt: str, decoding: Decoding) -> Answer:
         try:
-            return AnswerStream(self, lambda: self.see(image), [_turn(prompt)], decoding).result()
+            return AnswerStream(self, lambda: self.see([image]), [_turn(prompt)], decoding).result()
         except InputError as error:
             return _refused(error)
 
+    def _layouts(self, picture: Picture) -> list[str]:
+        image, token = self.bundle.image, self.bundle.prompt.image_token
+        return [self.family.layout(cut.rows, cut.columns, token, image) for cut in picture.cuts]
 
-def _turn(text: str) -> Turn:
-    return Turn("user", text, picture=True)
+
+def _listed(image: Source | Sources) -> Sequence[Source]:
+    return image if isinstance(image, (list, tuple)) else [cast("Source", image)]
+
+
+def _turn(text: str, pictures: int = 1) -> Turn:
+    return Turn("user", text, pictures=pictures)
 
 
 def _refused(error: InputError) -> Answer:

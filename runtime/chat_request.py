@@ -99,7 +99,7 @@ class ChatRequest(BaseModel, extra="allow"):
             raise InputError(f"{len(urls)} pictures in the conversation: send one, as a part of type image_url")
         first = next(place for place, message in enumerate(self.messages) if message.pictures())
         turns = [
-            Turn("system" if message.role == "developer" else message.role, message.text(), picture=place == first)
+            Turn("system" if message.role == "developer" else message.role, message.text(), int(place == first))
             for place, message in enumerate(self.messages)
         ]
         if turns[-1].role != "user" or turns[first].role != "user":

@@ -8,9 +8,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Tiles = NDArray[np.uint8]
+from mpa_edge.runtime.families import Cut
+
 Features = NDArray[np.float32]
 Logits = NDArray[np.float32]
+Positions = NDArray[np.int64]
 
 
 class Engine(Protocol):
@@ -18,20 +20,31 @@ class Engine(Protocol):
 
     name: str
 
-    def encode(self, tiles: Tiles) -> Features:
-        """Image features of tiles: uint8 RGB (tiles, height, width, 3) -> float32 (tiles, tokens_per_tile, hidden)."""
+    def encode(self, cut: Cut) -> Features:
+        """Image features of one picture: float32 (image tokens, hidden)."""
         ...
 
-    def prefill(self, token_ids: Sequence[int], features: Features, *, all_logits: bool = False) -> Logits:
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        features: Features,
+        positions: Positions | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> Logits:
         """Forget the cache, read a whole prompt, and return the logits that follow it.
 
-        `features` replace the image tokens in `token_ids`, in order; their count must match. Returns (vocabulary,)
-        for the last position, or (positions, vocabulary) with `all_logits`.
+        `features` (image tokens, hidden) replace the image tokens in `token_ids`, in order; their count must match.
+        `positions` are the tokens' position ids (axes, tokens), see `Family.positions`. Returns (vocabulary,) for the
+        last position, or (positions, vocabulary) with `all_logits`.
         """
         ...
 
     def extend(self, token_ids: Sequence[int]) -> Logits:
-        """Append text tokens, at least one, to the cache and return the logits (vocabulary,) that follow the last."""
+        """Append text tokens, at least one, to the cache and return the logits (vocabulary,) that follow the last.
+
+        Their positions go on after the largest one so far.
+        """
         ...
 
     def mark(self) -> None:

@@ -54,6 +54,10 @@ class Family(Protocol):
         """How many image tokens a picture with this grid takes."""
         ...
 
+    def tile_tokens(self, settings: Any) -> tuple[int, int]:
+        """The fewest and the most image tokens that one tile takes."""
+        ...
+
     def layout(self, rows: int, columns: int, image_token: str, settings: Any) -> str:
         """What takes the place of the template's one image token: image tokens, and the pieces around them."""
         ...

@@ -44,6 +44,10 @@ class Idefics3:
         """See `Family.image_tokens`."""
         return (rows * columns + 1) * settings.tokens_per_tile
 
+    def tile_tokens(self, settings: Idefics3Images) -> tuple[int, int]:
+        """See `Family.tile_tokens`: always as many."""
+        return settings.tokens_per_tile, settings.tokens_per_tile
+
     def layout(self, rows: int, columns: int, image_token: str, settings: Idefics3Images) -> str:
         """See `Family.layout`. Source: `Idefics3Processor.replace_image_token` in transformers."""
         tile, fake = image_token * settings.tokens_per_tile, "<fake_token_around_image>"

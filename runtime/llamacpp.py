@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,8 @@ import numpy as np
 
 from mpa_edge.bundle import Bundle
 from mpa_edge.errors import BundleError, MissingExtra, ModelError
-from mpa_edge.runtime.engine import Features, Logits, Tiles
+from mpa_edge.runtime.engine import Features, Logits, Positions
+from mpa_edge.runtime.families import Cut, Tiles, family_of_bundle
 
 try:
     import llama_cpp.llama_cpp as llama
@@ -26,23 +27,19 @@ try:
 except (ImportError, OSError, AttributeError) as error:  # also a fork, or a build without multimodal support
     raise MissingExtra("llama-cpp-python with multimodal support", "gguf") from error
 
-BATCH = 2048  # most positions per call of llama_decode
-TILE_BATCH = 512  # most positions computed at once (llama.cpp's n_ubatch)
+BATCH = 2048  # most tokens per call of llama_decode
+UBATCH = 512  # most tokens computed at once
+# llama.cpp reserves memory for this many rows of logits; an answer needs one, verification goes in steps of so many.
+ROWS = 64
+# M-RoPE in llama.cpp: time, height, width, and one that vision leaves at 0.
+AXES = 4
 
 _NO_LOG = llama.llama_log_callback(lambda level, text, data: None)
 
 
 def open_engine(folder: Path, bundle: Bundle, threads: int) -> LlamaCpp:
     """Load the pair of GGUF files that the manifest names."""
-    image_token = bundle.prompt.image_token
-    return LlamaCpp(
-        bundle.path_of(folder, "language_model"),
-        bundle.path_of(folder, "mmproj"),
-        image_token=image_token,
-        tokens_per_tile=bundle.image.tokens_per_tile,
-        context_length=bundle.prompt.context_length,
-        threads=threads,
-    )
+    return LlamaCpp(bundle.path_of(folder, "language_model"), bundle.path_of(folder, "mmproj"), bundle, threads)
 
 
 class LlamaCpp:
@@ -50,62 +47,61 @@ class LlamaCpp:
 
     name = "llama.cpp"
 
-    def __init__(
-        self,
-        language_model: Path,
-        mmproj: Path,
-        *,
-        image_token: str,
-        tokens_per_tile: int,
-        context_length: int,
-        threads: int,
-    ) -> None:
+    def __init__(self, language_model: Path, mmproj: Path, bundle: Bundle, threads: int) -> None:
         """Load both files; `BundleError` when llama.cpp refuses one of them."""
         silence()
         llama.llama_backend_init()
         self._model: Any = None
         self._context: Any = None
         self._mtmd: Any = None
-        self._past = 0
-        self._mark: int | None = None
-        self._tokens_per_tile = tokens_per_tile
+        # Tokens in the cache, and the position of the next one: not the same where a picture has rows and columns.
+        self._past = self._position = 0
+        self._mark: tuple[int, int] | None = None
+        self._family, self._image = family_of_bundle(bundle), bundle.image
         try:
             self._model = _load_model(language_model)
-            self._context = _new_context(self._model, language_model, context_length, tokens_per_tile, threads)
-            self._mtmd = _load_mmproj(mmproj, self._model, tokens_per_tile, threads)
+            self._context = _new_context(self._model, language_model, bundle.prompt.context_length, threads)
+            self._mtmd = _load_mmproj(mmproj, self._model, self._family.tile_tokens(self._image), threads)
         except BaseException:
             self.close()
             raise
         vocabulary = llama.llama_model_get_vocab(self._model)
         self._vocabulary_size = llama.llama_vocab_n_tokens(vocabulary)
         self._hidden = llama.llama_model_n_embd_inp(self._model)
-        self._image_token_id = _token_id(vocabulary, image_token, language_model)
+        self._image_token_id = _token_id(vocabulary, bundle.prompt.image_token, language_model)
 
-    def encode(self, tiles: Tiles) -> Features:
-        """See `Engine.encode`."""
-        return np.stack([self._encode_tile(tile) for tile in tiles])
+    def encode(self, cut: Cut) -> Features:
+        """See `Engine.encode`. Raises `BundleError` when the mmproj gives another number of features."""
+        features = np.concatenate([self._encode_tile(tile) for tile in cut.tiles])
+        wanted = self._family.image_tokens(cut.rows, cut.columns, self._image)
+        if len(features) != wanted:
+            raise BundleError(f"mmproj gives {len(features)} features, the manifest says {wanted} image tokens")
+        return features
 
-    def prefill(self, token_ids: Sequence[int], features: Features, *, all_logits: bool = False) -> Logits:
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        features: Features,
+        positions: Positions | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> Logits:
         """See `Engine.prefill`."""
-        images = sum(token == self._image_token_id for token in token_ids)
-        rows = np.ascontiguousarray(features, np.float32).reshape(-1, self._hidden)
-        if images != len(rows):
-            raise ModelError(f"{images} image tokens in the prompt, features for {len(rows)}")
+        ids = np.asarray(token_ids, np.int32)
+        is_image = ids == self._image_token_id
+        if is_image.sum() != len(features):
+            raise ModelError(f"{is_image.sum()} image tokens in the prompt, features for {len(features)}")
+        rows = np.zeros((len(ids), self._hidden), np.float32)
+        rows[is_image] = features
+        if positions is None:
+            positions = np.arange(len(ids))[None]
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-        self._past, self._mark = 0, None
+        self._past, self._position, self._mark = 0, 0, None
         collected: list[Logits] = []
-        taken = 0
-        # With all logits, chunks are as short as the buffer for logits that the context has.
-        text_size = self._tokens_per_tile if all_logits else BATCH
-        for chunk in _chunks(token_ids, self._image_token_id, self._tokens_per_tile, text_size):
-            last = self._past + len(chunk) == len(token_ids)
-            wanted = len(chunk) if all_logits else int(last)
-            if chunk[0] == self._image_token_id:
-                logits = self._decode_features(rows[taken : taken + len(chunk)], wanted)
-                taken += len(chunk)
-            else:
-                logits = self._decode_batch(len(chunk), wanted, token=np.asarray(chunk, np.int32))
-            collected.append(logits)
+        for part in _runs(is_image, ROWS if all_logits else BATCH):
+            wanted = part.stop - part.start if all_logits else int(part.stop == len(ids))
+            what = {"embd": rows[part]} if is_image[part.start] else {"token": ids[part]}
+            collected.append(self._decode_batch(positions[:, part], wanted, **what))
         return np.concatenate(collected) if all_logits else cast("Logits", collected[-1][-1])
 
     def extend(self, token_ids: Sequence[int]) -> Logits:
@@ -113,21 +109,22 @@ class LlamaCpp:
         ids = np.asarray(token_ids, np.int32)
         for start in range(0, len(ids), BATCH):
             part = ids[start : start + BATCH]
-            logits = self._decode_batch(len(part), int(start + BATCH >= len(ids)), token=part)
+            positions = np.arange(self._position, self._position + len(part))[None]
+            logits = self._decode_batch(positions, int(start + BATCH >= len(ids)), token=part)
         return cast("Logits", logits[-1])
 
     def mark(self) -> None:
         """See `Engine.mark`."""
-        self._mark = self._past
+        self._mark = (self._past, self._position)
 
     def rewind(self) -> bool:
         """See `Engine.rewind`."""
         if self._mark is None:
             return False
         # A model with a recurrent state cannot take steps back and says so.
-        if not llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), 0, self._mark, -1):
+        if not llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), 0, self._mark[1], -1):
             return False
-        self._past = self._mark
+        self._past, self._position = self._mark
         return True
 
     def close(self) -> None:
@@ -149,7 +146,7 @@ class LlamaCpp:
             chunk = self._image_chunk(bitmap, chunks)
             if mtmd.mtmd_encode_chunk(self._mtmd, chunk) != 0:
                 raise ModelError("llama.cpp could not encode a tile")
-            shape = (self._tokens_per_tile, self._hidden)
+            shape = (mtmd.mtmd_input_chunk_get_n_tokens(chunk), self._hidden)
             # Copied: mtmd overwrites its buffer with the next tile.
             features = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._mtmd), shape).copy()
             return cast("Features", features)
@@ -167,30 +164,20 @@ class LlamaCpp:
         for index in reversed(range(mtmd.mtmd_input_chunks_size(chunks))):
             chunk = mtmd.mtmd_input_chunks_get(chunks, index)
             if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
-                tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-                if tokens != self._tokens_per_tile:
-                    raise BundleError(
-                        f"mmproj gives {tokens} tokens per tile, the manifest says {self._tokens_per_tile}"
-                    )
                 return chunk
         raise ModelError("llama.cpp found no picture in a tile")
 
-    def _decode_features(self, rows: Features, wanted: int) -> Logits:
-        """One run of image tokens, with the mask that the model wants for pictures."""
-        non_causal = mtmd.mtmd_decode_use_non_causal(self._mtmd, None)
-        if non_causal:
-            llama.llama_set_causal_attn(self._context, False)
-        try:
-            return self._decode_batch(len(rows), wanted, embd=np.ascontiguousarray(rows))
-        finally:
-            if non_causal:
-                llama.llama_set_causal_attn(self._context, True)
-
     def _decode_batch(
-        self, count: int, wanted: int, token: np.ndarray[Any, Any] | None = None, embd: Features | None = None
+        self,
+        positions: Positions,
+        wanted: int,
+        token: np.ndarray[Any, Any] | None = None,
+        embd: Features | None = None,
     ) -> Logits:
-        """Append `count` positions to the cache; returns the logits (wanted, vocabulary) of the last `wanted`."""
-        positions = np.arange(self._past, self._past + count, dtype=np.int32)
+        """Append tokens at these positions (axes, tokens) to the cache; returns the logits (wanted, vocabulary) of the
+        last `wanted`."""
+        count = positions.shape[1]
+        places = _places(positions, pictures=embd is not None)
         sequence_counts = np.ones(count, np.int32)
         sequence = ctypes.pointer(llama.llama_seq_id(0))
         sequences = (ctypes.POINTER(llama.llama_seq_id) * count)(*[sequence] * count)
@@ -200,28 +187,39 @@ class LlamaCpp:
             n_tokens=count,
             token=None if token is None else token.ctypes.data_as(ctypes.POINTER(llama.llama_token)),
             embd=None if embd is None else embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-            pos=positions.ctypes.data_as(ctypes.POINTER(llama.llama_pos)),
+            pos=places.ctypes.data_as(ctypes.POINTER(llama.llama_pos)),
             n_seq_id=sequence_counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             seq_id=sequences,
             logits=output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
         status = llama.llama_decode(self._context, batch)
         if status != 0:
-            raise ModelError(f"llama_decode failed with status {status} at position {self._past}")
-        self._past += count
+            raise ModelError(f"llama_decode failed with status {status} after {self._past} tokens")
+        self._past, self._position = self._past + count, max(self._position, int(positions.max()) + 1)
         if wanted == 0:
             return np.empty((0, self._vocabulary_size), np.float32)
         logits = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (wanted, self._vocabulary_size))
         return cast("Logits", logits.copy())
 
 
-def _chunks(token_ids: Sequence[int], image_id: int, tokens_per_tile: int, text_size: int) -> Iterator[list[int]]:
-    """The prompt as runs of text tokens, at most `text_size` long, and of image tokens, one tile each."""
-    for is_image, run in groupby(token_ids, key=lambda token: token == image_id):
-        tokens = list(run)
-        size = tokens_per_tile if is_image else text_size
-        for start in range(0, len(tokens), size):
-            yield tokens[start : start + size]
+def _runs(is_image: np.ndarray[Any, Any], size: int) -> Iterator[slice]:
+    """The prompt as runs of text tokens and of image tokens, at most `size` long."""
+    edges = [0, *(np.flatnonzero(np.diff(is_image)) + 1), len(is_image)]
+    for first, end in pairwise(edges):
+        for start in range(first, end, size):
+            yield slice(start, min(start + size, end))
+
+
+def _places(positions: Positions, *, pictures: bool) -> np.ndarray[Any, Any]:
+    """Positions as a batch has them: one a token, or for pictures under M-RoPE all of one axis after the other.
+
+    Source: `decode_embd_batch` in llama.cpp's mtmd-helper-common.h; of text llama.cpp takes one and repeats it.
+    """
+    if not pictures or len(positions) == 1:
+        return np.ascontiguousarray(positions[0], np.int32)
+    places = np.zeros((AXES, positions.shape[1]), np.int32)
+    places[: len(positions)] = positions
+    return places
 
 
 def _load_model(path: Path) -> Any:
@@ -235,13 +233,12 @@ def _load_model(path: Path) -> Any:
     return model
 
 
-def _new_context(model: Any, path: Path, context_length: int, tokens_per_tile: int, threads: int) -> Any:
+def _new_context(model: Any, path: Path, context_length: int, threads: int) -> Any:
     params = llama.llama_context_default_params()
     params.n_ctx = context_length
     params.n_batch = BATCH
-    params.n_ubatch = max(TILE_BATCH, tokens_per_tile)
-    # llama.cpp reserves memory for this many rows of logits; an answer needs one, verification a tile's.
-    params.n_outputs_max = tokens_per_tile
+    params.n_ubatch = UBATCH
+    params.n_outputs_max = ROWS
     params.n_threads = params.n_threads_batch = threads
     # Flash attention sums in half precision on the CPU: ten times the error in the logits, and no gain at this length.
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -252,15 +249,15 @@ def _new_context(model: Any, path: Path, context_length: int, tokens_per_tile: i
     return context
 
 
-def _load_mmproj(path: Path, model: Any, tokens_per_tile: int, threads: int) -> Any:
+def _load_mmproj(path: Path, model: Any, tile_tokens: tuple[int, int], threads: int) -> Any:
     params = mtmd.mtmd_context_params_default()
     params.use_gpu = True
     params.print_timings = False
     params.warmup = False
     params.n_threads = threads
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    # A budget of exactly one tile: mtmd would else scale each tile up to the model's longest edge and cut it again.
-    params.image_min_tokens = params.image_max_tokens = tokens_per_tile
+    # A budget of one tile: mtmd would else scale each tile to sizes of its own and cut it again.
+    params.image_min_tokens, params.image_max_tokens = tile_tokens
     context = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
     if not context:
         raise BundleError(f"{path}: llama.cpp cannot load it beside the language model")

@@ -19,7 +19,8 @@ import numpy as np
 
 from mpa_edge.errors import ModelError
 from mpa_edge.runtime.answering import AnswerStream
-from mpa_edge.runtime.engine import Engine, Features, Logits, Tiles
+from mpa_edge.runtime.engine import Engine, Features, Logits, Positions
+from mpa_edge.runtime.families import Cut, Family
 from mpa_edge.runtime.prompts import Turn
 from mpa_edge.runtime.vlm import Answer, Decoding, Timings
 
@@ -29,19 +30,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Picture:
-    """A picture as the model gets it. `features` are there once it was encoded; `kept` ones are never forgotten."""
+    """What is asked about, as the model gets it: one picture, or several. `features` (image tokens, hidden) are there
+    once they were encoded; `kept` ones are never forgotten."""
 
-    tiles: Tiles
-    rows: int
-    columns: int
+    cuts: tuple[Cut, ...]
     kept: bool = False
     features: Features | None = None
 
     @cached_property
     def key(self) -> bytes:
-        """A digest of all that the model sees of the picture."""
-        digest = hashlib.blake2b(repr((self.tiles.shape, self.rows, self.columns)).encode())
-        digest.update(np.ascontiguousarray(self.tiles).data)
+        """A digest of all that the model sees of it."""
+        digest = hashlib.blake2b()
+        for cut in self.cuts:
+            digest.update(repr((cut.tiles.shape, cut.rows, cut.columns)).encode())
+            digest.update(np.ascontiguousarray(cut.tiles).data)
         return digest.digest()
 
 
@@ -72,8 +74,9 @@ class FeatureCache:
 class Reader:
     """Reads prompts into an engine and knows what the engine still holds. Not thread-safe."""
 
-    def __init__(self, engine: Engine, image_token_id: int, cache_bytes: int) -> None:
+    def __init__(self, engine: Engine, family: Family, image_token_id: int, cache_bytes: int) -> None:
         self.engine = engine
+        self._family = family
         self.turn = 0  # counts prompts: a stream that finds another number than its own is over
         self._image_token_id = image_token_id
         self._recent = FeatureCache(cache_bytes)
@@ -89,7 +92,7 @@ class Reader:
             return
         features = self._recent.get(picture.key) if self.keeps(picture) else None
         if features is None:
-            features = self.engine.encode(picture.tiles)
+            features = self._encoded(picture)
             if self._recent.limit:
                 self._recent.put(picture.key, features)
         picture.features = features
@@ -106,18 +109,18 @@ class Reader:
             return len(prefix)
         self._prefix = None
         if picture.features is None:  # the engine could not rewind after all
-            picture.features = self.engine.encode(picture.tiles)
-        self.engine.prefill(prefix, picture.features)
+            picture.features = self._encoded(picture)
+        self.engine.prefill(prefix, picture.features, self._positions(prefix, picture))
         if self.keeps(picture):
             self.engine.mark()
             self._prefix = (picture.key, list(prefix))
         return 0
 
-    def read_all(self, tokens: Sequence[int], tiles: Tiles) -> Logits:
+    def read_all(self, tokens: Sequence[int], picture: Picture) -> Logits:
         """Logits (positions, vocabulary) of a whole prompt, read in one go."""
         self.turn += 1
         self._prefix = None
-        return self.engine.prefill(tokens, self.engine.encode(tiles), all_logits=True)
+        return self.engine.prefill(tokens, self._encoded(picture), self._positions(tokens, picture), all_logits=True)
 
     def next(self, turn: int, token: int) -> Logits:
         """Append the chosen token of the prompt with this number; `ModelError` once another prompt was read."""
@@ -141,6 +144,12 @@ class Reader:
     def forget_all(self) -> None:
         """Let go of everything."""
         self._recent, self._prefix = FeatureCache(0), None
+
+    def _encoded(self, picture: Picture) -> Features:
+        return np.concatenate([self.engine.encode(cut) for cut in picture.cuts])
+
+    def _positions(self, tokens: Sequence[int], picture: Picture) -> Positions | None:
+        return self._family.positions(tokens, self._image_token_id, picture.cuts)
 
     def _holds(self, picture: Picture, prefix: Sequence[int]) -> bool:
         return self.keeps(picture) and self._prefix == (picture.key, list(prefix))
@@ -170,7 +179,7 @@ class View:
         """See `BundleVlm.stream`."""
         if not self._open:
             raise ModelError("the view of this picture is closed")
-        turns = [Turn("user", self._vlm.put(question), picture=True)]
+        turns = [Turn("user", self._vlm.put(question), pictures=len(self._picture.cuts))]
         return AnswerStream(self._vlm, lambda: self._picture, turns, self._vlm.decoding(decoding, max_new_tokens))
 
     def close(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer
 
 from mpa_edge.bundle import Bundle, Role
 from mpa_edge.errors import BundleError, InputError, ModelError
-from mpa_edge.runtime.engine import Features, Logits, Tiles
-from mpa_edge.runtime.images import normalise
+from mpa_edge.runtime.engine import Features, Logits, Positions
+from mpa_edge.runtime.families import Cut, family_of_bundle
 
 # Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
 TILES_AT_ONCE = 4
@@ -42,46 +43,61 @@ class OnnxEngine:
         if missing:
             raise InputError(f"{missing[0]} is not in this ONNX Runtime: {', '.join(ort.get_available_providers())}")
         self._image = bundle.image
+        self._family = family_of_bundle(bundle)
         self._image_token = _image_token(bundle, folder)
         # The embedding is one table look-up; more threads would only wait for each other.
         self._embedding = _session(bundle, folder, "embed_tokens", 1, (CPU,))
         self._vision = _session(bundle, folder, "vision_encoder", threads, providers)
         self._decoder = _session(bundle, folder, "decoder", threads, providers)
         self._outputs = [output.name for output in self._decoder.get_outputs()]
+        inputs = {value.name: value for value in self._decoder.get_inputs()}
+        self._axes = inputs["position_ids"].shape[0] if len(inputs["position_ids"].shape) == 3 else 0
         self._empty = {
-            value.name: _value(np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32))
-            for value in self._decoder.get_inputs()
-            if value.name.startswith("past_key_values.")
+            name: _value(np.zeros((1, value.shape[1], 0, value.shape[3]), _numpy_type(value)))
+            for name, value in inputs.items()
+            if name.startswith("past_key_values.")
         }
         self._past: dict[str, Any] = {}
-        self._length = 0
-        self._mark: tuple[dict[str, Any], int] | None = None
+        # Tokens in the cache, and the position of the next one: not the same where a picture has rows and columns.
+        self._length = self._position = 0
+        self._mark: tuple[dict[str, Any], int, int] | None = None
 
-    def encode(self, tiles: Tiles) -> Features:
+    def encode(self, cut: Cut) -> Features:
         """See `Engine.encode`. Raises `InputError` for a tile whose pixel values are all zero: the model skips it."""
-        parts = [self._encode(tiles[start : start + TILES_AT_ONCE]) for start in range(0, len(tiles), TILES_AT_ONCE)]
+        starts = range(0, len(cut.tiles), TILES_AT_ONCE)
+        parts = [self._encode(replace(cut, tiles=cut.tiles[start : start + TILES_AT_ONCE])) for start in starts]
         features: Features = np.concatenate(parts)
+        wanted = self._family.image_tokens(cut.rows, cut.columns, self._image)
+        if len(features) != wanted:
+            raise InputError(
+                f"the vision encoder gives {len(features)} image features where {wanted} are needed; a tile that has "
+                "the mean colour everywhere is taken for padding"
+            )
         return features
 
-    def _encode(self, tiles: Tiles) -> Features:
-        pixels = normalise(tiles, self._image)[None]
-        mask = np.ones((1, len(tiles), *tiles.shape[1:3]), np.bool_)
-        features: Features = self._vision.run(None, {"pixel_values": pixels, "pixel_attention_mask": mask})[0]
-        if len(features) != len(tiles):
-            raise InputError("a tile of the picture has the mean colour everywhere; the model takes it for padding")
-        return features
+    def _encode(self, cut: Cut) -> Features:
+        types = {value.name: _numpy_type(value) for value in self._vision.get_inputs()}
+        values = self._family.pixel_values(cut, self._image)
+        features = self._vision.run(None, {name: values[name].astype(types[name], copy=False) for name in types})[0]
+        return cast("Features", features.astype(np.float32, copy=False).reshape(-1, features.shape[-1]))
 
-    def prefill(self, token_ids: Sequence[int], features: Features, *, all_logits: bool = False) -> Logits:
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        features: Features,
+        positions: Positions | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> Logits:
         """See `Engine.prefill`."""
         ids = np.asarray(token_ids, np.int64)
         embeds = self._embed(ids)
         places = np.flatnonzero(ids == self._image_token)
-        rows = features.reshape(-1, features.shape[-1])
-        if len(places) != len(rows):
-            raise ModelError(f"{len(places)} image tokens in the prompt for {len(rows)} image features")
-        embeds[0, places] = rows
-        self._past, self._length, self._mark = self._empty, 0, None
-        logits = self._step(embeds, 0 if all_logits else 1)
+        if len(places) != len(features):
+            raise ModelError(f"{len(places)} image tokens in the prompt for {len(features)} image features")
+        embeds[0, places] = features
+        self._past, self._length, self._position, self._mark = self._empty, 0, 0, None
+        logits = self._step(embeds, 0 if all_logits else 1, positions)
         last: Logits = logits[-1]
         return logits if all_logits else last
 
@@ -92,13 +108,13 @@ class OnnxEngine:
 
     def mark(self) -> None:
         """See `Engine.mark`. Every step writes a new cache, so the old one only has to be kept: memory for a second."""
-        self._mark = (self._past, self._length)
+        self._mark = (self._past, self._length, self._position)
 
     def rewind(self) -> bool:
         """See `Engine.rewind`."""
         if self._mark is None:
             return False
-        self._past, self._length = self._mark
+        self._past, self._length, self._position = self._mark
         return True
 
     def close(self) -> None:
@@ -108,25 +124,39 @@ class OnnxEngine:
         del self._embedding, self._vision, self._decoder
 
     def _embed(self, ids: Any) -> Features:
-        embeds: Features = self._embedding.run(None, {"input_ids": ids[None]})[0]
-        return embeds
+        embeds = self._embedding.run(None, {"input_ids": ids[None]})[0]
+        return cast("Features", embeds.astype(np.float32, copy=False))
 
-    def _step(self, embeds: Features, keep: int) -> Logits:
+    def _step(self, embeds: Features, keep: int, positions: Positions | None = None) -> Logits:
         """Run the decoder on top of the cache and keep its new cache; logits (positions, vocabulary)."""
-        start, end = self._length, self._length + embeds.shape[1]
+        end = self._length + embeds.shape[1]
+        if positions is None:
+            positions = np.arange(self._position, self._position + embeds.shape[1], dtype=np.int64)[None]
         feed = {
             "inputs_embeds": _value(embeds),
             "attention_mask": _value(np.ones((1, end), np.int64)),
-            "position_ids": _value(np.arange(start, end, dtype=np.int64)[None]),
+            "position_ids": _value(self._shaped(positions)),
             "num_logits_to_keep": _value(np.array(keep, np.int64)),
         }
         # As OrtValues the cache stays in ONNX Runtime's memory; as arrays it would be copied out at every token.
         results = self._decoder.run_with_ort_values(self._outputs, feed | self._past)
         outputs = dict(zip(self._outputs, results, strict=True))
-        logits: Logits = outputs.pop("logits").numpy()[0]
+        logits: Logits = outputs.pop("logits").numpy()[0].astype(np.float32, copy=False)
         self._past = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
-        self._length = end
+        self._length, self._position = end, int(positions.max()) + 1
         return logits
+
+    def _shaped(self, positions: Positions) -> Positions:
+        """Positions (axes or 1, tokens) as the decoder takes them: (batch, tokens), or (axes, batch, tokens)."""
+        if not self._axes:
+            return positions
+        return np.ascontiguousarray(np.broadcast_to(positions, (self._axes, positions.shape[1]))[:, None])
+
+
+def _numpy_type(value: Any) -> type[Any]:
+    """The type of a graph's input: "tensor(float16)" and the like."""
+    kinds = {"float": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_}
+    return kinds[value.type.removeprefix("tensor(").removesuffix(")")]
 
 
 def _value(array: Any) -> ort.OrtValue:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -25,100 +25,82 @@ from mpa_edge.errors import BundleError, InputError
 # A private-use character stands for the user's text while the template is rendered.
 SLOT = "\ue000"
 
-Layout = Callable[[int, int, str], str]
-
-
-def idefics3_layout(rows: int, columns: int, tile: str) -> str:
-    """What one picture is in the text: `tile` is the run of image tokens of one tile; the overview comes last.
-
-    Source: `Idefics3Processor.replace_image_token` in transformers.
-    """
-    fake = "<fake_token_around_image>"
-    overview = f"{fake}<global-img>{tile}{fake}"
-    if rows == 0 and columns == 0:
-        return overview
-    grid = "".join(
-        "".join(f"{fake}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
-        for row in range(1, rows + 1)
-    )
-    return f"{grid}\n{overview}"
-
-
-LAYOUTS: dict[str, Layout] = {"idefics3": idefics3_layout}
-
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation; `role` is user, assistant or system. The picture stands before the text."""
+    """One message of a conversation; `role` is user, assistant or system. Pictures stand before the text."""
 
     role: str
     text: str
-    picture: bool = False
+    pictures: int = 0
 
 
 class Prompts:
     """The prompts of one bundle. Thread-safe once built."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: PromptSettings, family: str, tokens_per_tile: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: PromptSettings) -> None:
         """Render the template once; `BundleError` when it cannot hold one picture and one question."""
-        if family not in LAYOUTS:
-            raise BundleError(f"family {family!r} is not known to this version; known: {', '.join(sorted(LAYOUTS))}")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._plain = _without_added_tokens(tokenizer)
         self._added = frozenset(tokenizer.get_added_tokens_decoder())
-        self._layout = LAYOUTS[family]
-        self._tile = settings.image_token * tokens_per_tile
         self._image_token = settings.image_token
         self.image_token_id = _id_of(tokenizer, settings.image_token)
         self._settings = settings
         # A template is slow to render and the same conversations come again, with other texts.
         self._frame = lru_cache(maxsize=64)(self._render)
-        self._frame((("user", True),))
+        self._frame((("user", 1),))
 
-    def tokens(self, text: str, rows: int, columns: int) -> list[int]:
-        """The token ids of one turn: a picture of rows x columns tiles (0 x 0: one tile) and the user's text."""
-        return self.conversation([Turn("user", text, picture=True)], rows, columns)
+    def tokens(self, text: str, layouts: Sequence[str]) -> list[int]:
+        """The token ids of one turn: pictures and the user's text; see `conversation`."""
+        return self.conversation([Turn("user", text, pictures=len(layouts))], layouts)
 
-    def conversation(self, turns: Sequence[Turn], rows: int, columns: int) -> list[int]:
-        """The token ids of several turns, one of which has the picture, up to where the answer begins.
+    def conversation(self, turns: Sequence[Turn], layouts: Sequence[str]) -> list[int]:
+        """The token ids of several turns, up to where the answer begins.
 
-        Raises `InputError` for turns that the model's template refuses.
+        `layouts` hold what stands for each picture, in order (see `Family.layout`). Raises `InputError` for turns that
+        the model's template refuses.
         """
         try:
-            pieces, trims = self._frame(tuple((turn.role, turn.picture) for turn in turns))
+            pieces, trims = self._frame(tuple((turn.role, turn.pictures) for turn in turns))
         except BundleError as error:
             raise InputError(f"the model cannot hold this conversation: {error}") from error
         texts = [turn.text.strip() if trim else turn.text for turn, trim in zip(turns, trims, strict=True)]
-        picture = self._layout(rows, columns, self._tile)
-        pieces = [piece.replace(self._image_token, picture) for piece in pieces]
+        pieces = self._with_pictures(pieces, layouts)
         ids = self._encode(_joined(pieces, texts))
+        begin = list(self._settings.begin_token_ids)
         if self._added_tokens(ids) == self._added_tokens(self._encode(_joined(pieces, [SLOT] * len(texts)))):
-            return ids
+            return begin + ids
         # A text holds, or forms with its surroundings, a special token: encode texts by themselves, as plain text.
         ids = self._encode(pieces[0])
         for text, piece in zip(texts, pieces[1:], strict=True):
             ids += [*self._plain.encode(text, add_special_tokens=False).ids, *self._encode(piece)]
-        return ids
+        return begin + ids
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer that the new tokens spell, without special tokens and outer white space."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _render(self, turns: tuple[tuple[str, bool], ...]) -> tuple[list[str], list[bool]]:
-        """The rendered template around the texts of (role, has a picture) turns, and which texts it trims."""
+    def _with_pictures(self, pieces: Sequence[str], layouts: Sequence[str]) -> list[str]:
+        """The template's pieces with each image token replaced by what stands for that picture."""
+        left = iter(layouts)
+        token = re.compile(re.escape(self._image_token))
+        return [token.sub(lambda _: next(left), piece) for piece in pieces]
+
+    def _render(self, turns: tuple[tuple[str, int], ...]) -> tuple[list[str], list[bool]]:
+        """The rendered template around the texts of (role, pictures) turns, and which texts it trims."""
         messages = [
-            {"role": role, "content": [{"type": "image"}] * picture + [{"type": "text", "text": f" {SLOT} "}]}
-            for role, picture in turns
+            {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": f" {SLOT} "}]}
+            for role, pictures in turns
         ]
         try:
             template = _environment().from_string(self._settings.chat_template)
             rendered = template.render(messages=messages, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise BundleError(f"the chat template cannot be rendered: {error}") from error
-        if rendered.count(SLOT) != len(turns) or rendered.count(self._image_token) != 1:
-            raise BundleError("the chat template does not hold one picture and each text once")
+        if rendered.count(SLOT) != len(turns) or rendered.count(self._image_token) != sum(count for _, count in turns):
+            raise BundleError("the chat template does not hold each picture and each text once")
         slots = re.compile(f" {SLOT} |{SLOT}")
         return slots.split(rendered), [slot == SLOT for slot in slots.findall(rendered)]
 

@@ -116,12 +116,12 @@ def _recorded(folder: Path, bundle: Bundle) -> list[Recorded]:
 
 def _asked(vlm: BundleVlm, number: int, question: str) -> tuple[Recorded, Answer]:
     image = picture(number)
-    tokens, tiles = vlm.prepare(image, vlm.put(question))
+    tokens, seen = vlm.prepare([image], vlm.put(question))
     answer = vlm.ask(image, question, max_new_tokens=MAX_NEW_TOKENS)
     made = Recorded(
         picture=number,
         question=question,
-        pixels=hashlib.sha256(tiles.tobytes()).hexdigest(),
+        pixels=hashlib.sha256(seen.cuts[0].tiles.tobytes()).hexdigest(),
         prompt=hashlib.sha256(np.asarray(tokens, "<i8").tobytes()).hexdigest(),
         tokens=answer.tokens,
         logprob=answer.logprob,

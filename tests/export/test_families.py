@@ -11,7 +11,7 @@ import pytest
 
 from mpa_edge.errors import ExportError, UnknownFamily
 from mpa_edge.export.families import FAMILIES, family_of, read_config
-from mpa_edge.runtime.prompts import LAYOUTS
+from mpa_edge.runtime.families import family_named
 
 
 def settings(folder: Path) -> tuple[Any, Any]:
@@ -64,8 +64,9 @@ def test_unknown_families_are_named() -> None:
         family_of({"model_type": "florence2"})
 
 
-def test_every_family_has_a_layout() -> None:
-    assert {family.name for family in FAMILIES.values()} <= LAYOUTS.keys()
+def test_the_runtime_knows_every_family_under_the_same_name() -> None:
+    for family in FAMILIES.values():
+        assert family_named(family.name).name == family.name
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

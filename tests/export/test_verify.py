@@ -83,7 +83,7 @@ def test_four_bits_may_differ_but_not_be_garbage(folder: Path, manifest: Bundle,
 def test_logits_that_are_no_numbers_are_refused(
     folder: Path, manifest: Bundle, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: BundleVlm, image: Any, prompt: str) -> Any:
+    def broken(self: BundleVlm, images: Any, prompt: str) -> Any:
         return np.full_like(reference.logits[0], np.nan)
 
     monkeypatch.setattr(BundleVlm, "logits", broken)

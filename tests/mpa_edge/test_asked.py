@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from mpa_edge.asked import check_bundle, require_bundle
-from mpa_edge.bundle import Bundle, ImageSettings, PromptSettings, Source, write_bundle
+from mpa_edge.bundle import Bundle, Idefics3Images, PromptSettings, Source, write_bundle
 from mpa_edge.errors import InputError
 from mpa_edge.fake import FakeVlm
 
 OURS, OTHERS, ADAPTER = "a" * 64, "b" * 64, "c" * 64
-IMAGE = ImageSettings(
+IMAGE = Idefics3Images(
     tile_size=64,
     longest_edge=64,
     split=False,

@@ -141,12 +141,12 @@ def test_bench_takes_a_task_from_a_file_or_from_the_bundles(tmp_path: Path, mani
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     """A bundle's folder, as far as reading its manifest goes."""
-    from mpa_edge.bundle import Bundle, ImageSettings, PromptSettings, Source, describe_file, write_bundle
+    from mpa_edge.bundle import Bundle, Idefics3Images, PromptSettings, Source, describe_file, write_bundle
 
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "model.gguf").write_bytes(b"weights")
-    image = ImageSettings(
+    image = Idefics3Images(
         tile_size=32, longest_edge=32, split=False, mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255,
         resample="bilinear", tokens_per_tile=4,
     )  # fmt: skip

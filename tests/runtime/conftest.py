@@ -69,7 +69,7 @@ def check_kept_pictures(picture: Callable[..., Any]) -> Callable[[BundleVlm, str
         alone = []
         for pair in asked:
             alone += vlm.ask_many([pair])
-            vlm.logits(other, "?")  # forgets where the picture was
+            vlm.logits([other], "?")  # forgets where the picture was
         kept = vlm.ask_many(asked)
         with vlm.look(image) as view, vlm.look(other) as second:
             vlm._engine.encode = None  # type: ignore[assignment,method-assign]  # from here on, nothing is encoded

@@ -21,7 +21,8 @@ from mpa_edge.bundle import Bundle, Source
 from mpa_edge.errors import BundleError, ImageError, InputError, MissingExtra, ModelError
 from mpa_edge.export.families import family_of, read_config
 from mpa_edge.runtime.bundle_vlm import BundleVlm
-from mpa_edge.runtime.engine import Features, Logits, Tiles
+from mpa_edge.runtime.engine import Features, Logits
+from mpa_edge.runtime.families import Cut
 from mpa_edge.runtime.look import FeatureCache
 from mpa_edge.runtime.prompts import Turn
 from mpa_edge.runtime.vlm import Decoding, Timings, Vlm
@@ -36,11 +37,13 @@ class Script:
         self.tokens, self.vocabulary, self.place, self.closed = list(tokens), vocabulary, 0, False
         self.encoded = 0
 
-    def encode(self, tiles: Tiles) -> Features:
+    def encode(self, cut: Cut) -> Features:
         self.encoded += 1
-        return np.zeros((len(tiles), 16, 4), np.float32)
+        return np.zeros((len(cut.tiles) * 16, 4), np.float32)
 
-    def prefill(self, token_ids: Sequence[int], features: Features, *, all_logits: bool = False) -> Logits:
+    def prefill(
+        self, token_ids: Sequence[int], features: Features, positions: Any = None, *, all_logits: bool = False
+    ) -> Logits:
         self.place = 0
         return np.zeros((len(token_ids) if all_logits else 1, self.vocabulary), np.float32)[-1]
 
@@ -109,7 +112,7 @@ def test_an_answer_ends_at_the_stop_token(manifest: Bundle, tokenizer: Tokenizer
     answer = vlm.ask(image, "Which colour?", Decoding(max_new_tokens=50))
     assert (answer.text, answer.finish_reason) == ("red", "stop")
     assert list(answer.tokens) == tokenizer.encode(" red").ids
-    assert answer.prompt_tokens == len(vlm.prepare(image, "Q: Which colour?")[0])
+    assert answer.prompt_tokens == len(vlm.prepare([image], "Q: Which colour?")[0])
 
 
 def test_an_answer_ends_at_the_limit(manifest: Bundle, tokenizer: Tokenizer, image: Image.Image) -> None:
@@ -304,7 +307,7 @@ def test_a_conversation_holds_one_picture_and_reads_it_once(
     manifest: Bundle, tokenizer: Tokenizer, image: Image.Image
 ) -> None:
     vlm = scripted(manifest, tokenizer, "red")
-    turns = [Turn("user", "Which colour?", picture=True)]
+    turns = [Turn("user", "Which colour?", pictures=1)]
     first = vlm.chat(image, turns).result()
     assert first == replace(vlm.ask(image, "Which colour?"), timings=first.timings, cached_tokens=0)
     second = vlm.chat(image, [*turns, Turn("assistant", first.text), Turn("user", "And the frame?")]).result()

@@ -14,7 +14,7 @@ from mpa_edge.cli import app
 from mpa_edge.errors import BundleError
 from mpa_edge.runtime import doctor, inspect, selfcheck
 from mpa_edge.runtime.bundle_vlm import BundleVlm
-from mpa_edge.runtime.images import grid_of, tiles_of
+from mpa_edge.runtime.idefics3 import Idefics3
 
 BOARD = doctor.Machine("Linux", "aarch64", 4, 8000, engines={"llama.cpp": "1", "onnxruntime": None})
 
@@ -84,7 +84,8 @@ def test_the_grid_is_the_one_that_tiles_are_cut_in(
     size: tuple[int, int], split: bool, served: tuple[Path, Bundle], picture: Any
 ) -> None:
     settings = served[1].image.model_copy(update={"longest_edge": 256, "split": split})
-    assert grid_of(size, settings) == tiles_of(picture(*size), settings)[1:]
+    cut = Idefics3().cut(picture(*size), settings)
+    assert Idefics3().grid(size, settings) == (cut.rows, cut.columns)
 
 
 def test_costs_are_those_of_real_prompts(
@@ -92,12 +93,15 @@ def test_costs_are_those_of_real_prompts(
 ) -> None:
     image = served[1].image.model_copy(update={"split": True, "longest_edge": 128})
     found = inspect.costs(folder, served[1].model_copy(update={"image": image}))
-    assert {cost.longest_edge for cost in found} >= {64, 128, 192}
+    assert {cost.size for cost in found} >= {"longest edge 64", "longest edge 128", "longest edge 192"}
     for cost in found:
         shape = picture(*(edge // 10 for edge in inspect.SHAPES[cost.shape]))
-        settings = image.model_copy(update={"longest_edge": cost.longest_edge})
-        tiles, rows, columns = tiles_of(shape, settings)
-        assert (cost.tiles, cost.prompt_tokens) == (len(tiles), len(vlm.prompts.tokens(vlm.put(""), rows, columns)))
+        edge = int(cost.size.split()[-1])
+        settings = image.model_copy(update={"longest_edge": edge})
+        cut = Idefics3().cut(shape, settings)
+        prompt = vlm.prompts.tokens(vlm.put(""), [Idefics3().layout(cut.rows, cut.columns, "<image>", settings)])
+        assert (cost.image_tokens, cost.prompt_tokens) == (prompt.count(vlm.prompts.image_token_id), len(prompt))
+        assert cost.trained_with == (edge == 128)
         assert cost.fits == (cost.prompt_tokens < 1024)
     assert not all(cost.fits for cost in found)
 

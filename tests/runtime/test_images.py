@@ -12,9 +12,10 @@ from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from mpa_edge.bundle import ImageSettings
+from mpa_edge.bundle import Idefics3Images
 from mpa_edge.errors import ImageError
-from mpa_edge.runtime.images import normalise, open_image, tiles_of
+from mpa_edge.runtime.idefics3 import Idefics3
+from mpa_edge.runtime.images import open_image
 
 SIZES = [(1, 1), (2, 5), (64, 64), (65, 64), (63, 17), (96, 96), (128, 128), (200, 150), (150, 200), (37, 400)]
 SIZES += [(400, 37), (1000, 3), (3, 1000), (192, 191), (191, 192), (640, 480), (333, 334), (1, 300), (300, 1)]
@@ -31,15 +32,15 @@ def picture(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(random.integers(0, 256, (height, width, *channels), dtype=np.uint8), mode=mode)
 
 
-def settings(longest_edge: int, split: bool, tile: int = 64, resample: str = "lanczos") -> ImageSettings:
+def settings(longest_edge: int, split: bool, tile: int = 64, resample: str = "lanczos") -> Idefics3Images:
     half = (0.5, 0.5, 0.5)
-    return ImageSettings(
+    return Idefics3Images(
         tile_size=tile, longest_edge=longest_edge, split=split, mean=half, std=(0.5, 0.25, 0.3),
         rescale_factor=1 / 255, resample=resample, tokens_per_tile=16,
     )  # fmt: skip
 
 
-def processor_of(wanted: ImageSettings, kind: type[Idefics3ImageProcessorPil]) -> Idefics3ImageProcessorPil:
+def processor_of(wanted: Idefics3Images, kind: type[Idefics3ImageProcessorPil]) -> Idefics3ImageProcessorPil:
     return kind(
         size={"longest_edge": wanted.longest_edge},
         max_image_size={"longest_edge": wanted.tile_size},
@@ -51,12 +52,12 @@ def processor_of(wanted: ImageSettings, kind: type[Idefics3ImageProcessorPil]) -
 
 
 def assert_same(
-    image: Image.Image, wanted: ImageSettings, kind: type[Idefics3ImageProcessorPil] = Idefics3ImageProcessorPil
+    image: Image.Image, wanted: Idefics3Images, kind: type[Idefics3ImageProcessorPil] = Idefics3ImageProcessorPil
 ) -> None:
     expected = processor_of(wanted, kind)([[image]], return_row_col_info=True, return_tensors="np")
-    tiles, rows, columns = tiles_of(open_image(image), wanted)
-    assert ([[rows]], [[columns]]) == (expected["rows"], expected["cols"])
-    np.testing.assert_array_equal(normalise(tiles, wanted), expected["pixel_values"][0])
+    cut = Idefics3().cut(open_image(image), wanted)
+    assert ([[cut.rows]], [[cut.columns]]) == (expected["rows"], expected["cols"])
+    np.testing.assert_array_equal(Idefics3().pixel_values(cut, wanted)["pixel_values"], expected["pixel_values"])
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -72,8 +72,8 @@ def test_logits_at_all_positions_equal_transformers(
     tiled: Pair, full: BundleVlm, size: tuple[int, int], tiles: int, picture: Callable[..., Any]
 ) -> None:
     image = picture(*size)
-    assert len(full.prepare(image, QUESTION)[1]) == tiles
-    np.testing.assert_allclose(full.logits(image, QUESTION), tiled.logits(image, QUESTION), atol=0.004)
+    assert len(full.prepare([image], QUESTION)[1].cuts[0].tiles) == tiles
+    np.testing.assert_allclose(full.logits([image], QUESTION), tiled.logits(image, QUESTION), atol=0.004)
 
 
 def test_logits_of_one_tile_and_untied_weights_equal_transformers(
@@ -82,8 +82,8 @@ def test_logits_of_one_tile_and_untied_weights_equal_transformers(
     pair = Pair(tiny_one_tile, tmp_path, ["f32"])
     image = picture(100, 80)
     with pair.open("f32") as vlm:
-        assert len(vlm.prepare(image, QUESTION)[1]) == 1
-        np.testing.assert_allclose(vlm.logits(image, QUESTION), pair.logits(image, QUESTION), atol=0.004)
+        assert len(vlm.prepare([image], QUESTION)[1].cuts[0].tiles) == 1
+        np.testing.assert_allclose(vlm.logits([image], QUESTION), pair.logits(image, QUESTION), atol=0.004)
 
 
 def test_features_equal_transformers(tiled: Pair, full: BundleVlm, picture: Callable[..., Any]) -> None:
@@ -93,7 +93,7 @@ def test_features_equal_transformers(tiled: Pair, full: BundleVlm, picture: Call
         expected = tiled.reference.model.get_image_features(
             inputs["pixel_values"], inputs["pixel_attention_mask"]
         ).pooler_output[0]
-    features = full._engine.encode(full.prepare(image, "?")[1])
+    features = full._engine.encode(full.prepare([image], "?")[1].cuts[0])
     np.testing.assert_allclose(features.reshape(expected.shape), expected.numpy(), atol=0.004)
 
 
@@ -113,14 +113,14 @@ def test_quantized_weights_run_and_stay_close(tiled: Pair, picture: Callable[...
     image = picture(*WIDE)
     expected = tiled.logits(image, QUESTION)
     with tiled.open("q8_0") as vlm:
-        error = np.abs(vlm.logits(image, QUESTION) - expected).max()
+        error = np.abs(vlm.logits([image], QUESTION) - expected).max()
     assert 0 < error < expected.std()
 
 
 def test_step_by_step_equals_all_at_once(full: BundleVlm, picture: Callable[..., Any]) -> None:
-    tokens, tiles = full.prepare(picture(*WIDE), QUESTION)
+    tokens, seen = full.prepare([picture(*WIDE)], QUESTION)
     engine = full._engine
-    features = engine.encode(tiles)
+    features = engine.encode(seen.cuts[0])
     every = engine.prefill(tokens, features, all_logits=True)
     np.testing.assert_allclose(engine.prefill(tokens, features), every[-1], atol=1e-4)
     engine.prefill(tokens[:-3], features)
@@ -130,15 +130,15 @@ def test_step_by_step_equals_all_at_once(full: BundleVlm, picture: Callable[...,
 
 def test_a_question_leaves_no_trace_in_the_next(full: BundleVlm, picture: Callable[..., Any]) -> None:
     first, second = picture(*WIDE, seed=1), picture(*NINE_TILES, seed=2)
-    alone = full.logits(first, QUESTION)
+    alone = full.logits([first], QUESTION)
     full.answer([second], ["Something else?"])
-    np.testing.assert_array_equal(full.logits(first, QUESTION), alone)
+    np.testing.assert_array_equal(full.logits([first], QUESTION), alone)
 
 
 def test_features_must_match_the_image_tokens(full: BundleVlm, picture: Callable[..., Any]) -> None:
-    tokens, tiles = full.prepare(picture(*WIDE), QUESTION)
+    tokens, seen = full.prepare([picture(*WIDE)], QUESTION)
     with pytest.raises(ModelError, match="image tokens"):
-        full._engine.prefill(tokens, full._engine.encode(tiles[:-1]))
+        full._engine.prefill(tokens, full._engine.encode(seen.cuts[0])[:-1])
 
 
 def test_a_kept_picture_gives_the_very_same_answers(tiled: Pair, check_kept_pictures: Callable[..., None]) -> None:
@@ -200,12 +200,7 @@ def test_an_image_token_that_the_vocabulary_lacks_is_a_bundle_error(tiled: Pair)
     from mpa_edge.runtime.llamacpp import LlamaCpp
 
     manifest, folder = tiled.manifests["f16"], tiled.root / "f16"
+    prompt = manifest.prompt.model_copy(update={"image_token": "<picture>"})
+    files = (manifest.path_of(folder, role) for role in ("language_model", "mmproj"))
     with pytest.raises(BundleError, match="<picture>"):
-        LlamaCpp(
-            manifest.path_of(folder, "language_model"),
-            manifest.path_of(folder, "mmproj"),
-            image_token="<picture>",
-            tokens_per_tile=16,
-            context_length=256,
-            threads=1,
-        )
+        LlamaCpp(*files, manifest.model_copy(update={"prompt": prompt}), threads=1)

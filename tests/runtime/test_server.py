@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from mpa_edge.bundle import Bundle
 from mpa_edge.errors import InputError
 from mpa_edge.runtime.bundle_vlm import BundleVlm
-from mpa_edge.runtime.engine import Features, Logits, Tiles
+from mpa_edge.runtime.engine import Features, Logits
+from mpa_edge.runtime.families import Cut
 from mpa_edge.runtime.prompts import Turn
 from mpa_edge.runtime.server import LOOPBACK, is_loopback, key_from
 
@@ -81,10 +82,12 @@ class Slow:
         self.token, self.vocabulary, self.seconds = token, vocabulary, seconds
         self.prompts = self.steps = 0
 
-    def encode(self, tiles: Tiles) -> Features:
-        return np.zeros((len(tiles), 16, 4), np.float32)
+    def encode(self, cut: Cut) -> Features:
+        return np.zeros((len(cut.tiles) * 16, 4), np.float32)
 
-    def prefill(self, token_ids: Sequence[int], features: Features, *, all_logits: bool = False) -> Logits:
+    def prefill(
+        self, token_ids: Sequence[int], features: Features, positions: Any = None, *, all_logits: bool = False
+    ) -> Logits:
         self.prompts += 1
         return np.zeros(self.vocabulary, np.float32)
 
@@ -144,7 +147,7 @@ def test_several_turns_are_about_one_picture(client: openai.OpenAI, vlm: BundleV
     url = data_url(png(image))
     messages: list[Any] = [turn(url, "One?"), {"role": "assistant", "content": "Yes"}, turn(url, "Two?")]
     got = client.chat.completions.create(model=vlm.name, messages=messages)
-    turns = [Turn("user", "One?", picture=True), Turn("assistant", "Yes"), Turn("user", "Two?")]
+    turns = [Turn("user", "One?", pictures=1), Turn("assistant", "Yes"), Turn("user", "Two?")]
     wanted = vlm.chat(image, turns).result()
     assert (got.choices[0].message.content, got.usage.prompt_tokens) == (wanted.text, wanted.prompt_tokens)
 
