@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mpa_edge.asked import check_bundle, require_bundle
 from mpa_edge.audit import audit_run
 from mpa_edge.config import AlignConfig
-from mpa_edge.errors import FingerprintMismatch, InputError, RunError, require
-from mpa_edge.models import ADAPTER, open_vlm
+from mpa_edge.errors import ExportError, FingerprintMismatch, InputError, RunError, UnknownFamily, require
+from mpa_edge.models import ADAPTER, kind_of, open_vlm
 from mpa_edge.progress import progress, say
 from mpa_edge.run_folder import RoundFolder, RunFolder, delete, set_aside
 from mpa_edge.runtime.vlm import Vlm
@@ -101,6 +101,7 @@ def align(config: AlignConfig) -> AlignResult:
     """
     meet(config)
     task_named(config.task)
+    warn_without_export(config.student)
     with RunFolder(config.run).lock():
         return _align(config, *open_models(config), close=True)
 
@@ -155,6 +156,26 @@ def meet(config: AlignConfig) -> Ranks:
         require_bundle(config.ask)
     refuse_untrainable(config)
     return Ranks.of(config.device)
+
+
+def warn_without_export(student: str) -> None:
+    """One line on the error stream where a transformers model can be aligned but not exported, which `family_of` says
+    of its configuration alone. Where that cannot be read, whoever opens the model says why."""
+    if kind_of(student) != "transformers":
+        return
+    from transformers import PreTrainedConfig
+
+    from mpa_edge.export.families import family_of
+
+    folder = Path(student).expanduser()
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(folder if folder.is_dir() else student)
+    except Exception:  # the hub's client raises errors of several libraries
+        return
+    try:
+        family_of(config)
+    except (UnknownFamily, ExportError) as error:
+        say(f"warning: --student {student}: {error}")
 
 
 def _align(config: AlignConfig, teacher: Vlm, student: Vlm, asked: Vlm | None, *, close: bool = False) -> AlignResult:

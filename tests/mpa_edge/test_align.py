@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mpa_edge.align import align, align_models
+from mpa_edge.align import align, align_models, warn_without_export
 from mpa_edge.bundle import write_bundle
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError
@@ -300,3 +300,51 @@ def test_it_works_on_loaded_models(tiny_pair: Any, tmp_path: Path) -> None:
     assert result.adapter.joinpath("adapter_model.safetensors").exists()
     with pytest.raises(InputError, match="only transformers"):
         align_models(config(tiny_pair, tmp_path / "run"), teacher, FakeVlm())
+
+
+def with_model_type(model: Path, folder: Path, model_type: str) -> Path:
+    """A folder that holds a model's configuration, under another type, and no weights."""
+    folder.mkdir(parents=True)
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    return folder
+
+
+def test_a_student_without_export_is_named_before_anything_is_loaded(
+    tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = with_model_type(tiny_pair.student, tmp_path / "kosmos", "kosmos-2")
+
+    def stop(*_: object) -> None:
+        raise InputError("this is where models are loaded")
+
+    monkeypatch.setattr("mpa_edge.align.open_models", stop)
+    with pytest.raises(InputError, match="models are loaded"):
+        align(config(tiny_pair, tmp_path / "run", student=str(student)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: --student {student}: no export for models of type 'kosmos-2'")
+    assert "idefics3" in line
+    assert "can still be aligned" in line
+
+
+def test_a_student_of_the_hub_is_known_by_its_configuration(
+    tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, commit = tmp_path / "models--me--kosmos", "0" * 40
+    with_model_type(tiny_pair.student, cache / "snapshots" / commit, "kosmos-2")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    warn_without_export("me/kosmos")
+    assert "warning: --student me/kosmos: no export for models of type 'kosmos-2'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["fake:gold", "http://localhost:1/v1#model", "no/such-model", "./no-such-folder"])
+def test_what_can_be_exported_or_is_no_model_here_gets_no_warning(
+    spec: str, tiny_pair: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    warn_without_export(spec)
+    warn_without_export(str(tiny_pair.student))
+    assert capsys.readouterr().err == ""
