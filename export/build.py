@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mpa_edge.bundle import Bundle, File, describe_file, write_bundle
 from mpa_edge.errors import require
-from mpa_edge.export.families import family_of, read_config
+from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.export.merged import Merged, Progress, open_source
 from mpa_edge.export.quants import Format, checked
 from mpa_edge.export.samples import run_questions, synthetic_questions
@@ -139,7 +139,7 @@ class _Settings:
         template, most = (task.question_template, task.max_new_tokens) if task else ("{question}", 32)
         self.family = family.name
         self.image = family.image_settings(config, processor)
-        self.prompt = family.prompt_settings(config, processor, template, most)
+        self.prompt = prompt_settings(config, processor, template, most)
 
     def reference(self, samples: int) -> Any:
         """The merged model's answers to the run's own questions; where there are too few, to drawn ones as well."""

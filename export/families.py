@@ -1,95 +1,70 @@
 """What differs between model families on the way to a bundle: one small object per family.
 
-A family reads the image and prompt settings from a transformers model folder. Its prompt layout lives in
-`mpa_edge.runtime.prompts` under the same name, because the device needs that and not this.
+A family reads the image settings from a transformers model folder. How pictures are cut and what stands for them in a
+prompt lives in `mpa_edge.runtime.families` under the same name, because the device needs that and not this.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
-from PIL import Image
-
-from mpa_edge.bundle import Idefics3Images, ImageSettings, PromptSettings
+from mpa_edge.bundle import ImageSettings, PromptSettings
 from mpa_edge.errors import ExportError, UnknownFamily
+from mpa_edge.export.image_settings import full_config, idefics3_images, internvl_images, llava_images, qwen_vl_images
+
+# A longer context is cut to this: its cache would take gigabytes on the device, for prompts that nobody has.
+MOST_CONTEXT = 32_768
 
 
-class Family(Protocol):
-    """One model family that can be exported."""
+@dataclass(frozen=True)
+class Family:
+    """One model family that can be exported: `model_types` are what it is called in a `config.json`.
+
+    `image_settings(config, processor)` gives the picture's way to pixel values, from the model's `config.json` and its
+    transformers processor; it raises `ExportError` for a variant that the runtime does not know.
+    """
 
     name: str
-
-    def image_settings(self, config: Mapping[str, Any], processor: Any) -> ImageSettings:
-        """The picture's way to tiles, from the model's `config.json` and its transformers processor."""
-        ...
-
-    def prompt_settings(
-        self, config: Mapping[str, Any], processor: Any, question_template: str, max_new_tokens: int
-    ) -> PromptSettings:
-        """The question's way to tokens."""
-        ...
+    model_types: tuple[str, ...]
+    image_settings: Callable[[Mapping[str, Any], Any], ImageSettings]
 
 
-class Idefics3:
-    """SmolVLM and Idefics3: square tiles plus an overview, a fixed number of image tokens per tile."""
-
-    name = "idefics3"
-
-    def image_settings(self, config: Mapping[str, Any], processor: Any) -> Idefics3Images:
-        """See `Family`. Raises `ExportError` where processor and model disagree, or a step is switched off."""
-        images = processor.image_processor
-        for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if not getattr(images, step):
-                raise ExportError(
-                    f"the image processor has {step} switched off; the runtime does not know that variant"
-                )
-        size, tile = _longest_edge(images, "size"), _longest_edge(images, "max_image_size")
-        vision = config["vision_config"]
-        tokens = (vision["image_size"] // vision["patch_size"]) ** 2 // config["scale_factor"] ** 2
-        if (vision["image_size"], tokens) != (tile, processor.image_seq_len):
-            raise ExportError(
-                f"model and processor disagree: tiles of {vision['image_size']} pixels and {tokens} tokens in "
-                f"config.json, {tile} pixels and {processor.image_seq_len} tokens in the processor's files"
-            )
-        return Idefics3Images(
-            tile_size=tile,
-            longest_edge=size,
-            split=images.do_image_splitting,
-            mean=tuple(images.image_mean),
-            std=tuple(images.image_std),
-            rescale_factor=images.rescale_factor,
-            resample=cast("Any", Image.Resampling(images.resample).name.lower()),
-            tokens_per_tile=tokens,
-        )
-
-    def prompt_settings(
-        self, config: Mapping[str, Any], processor: Any, question_template: str, max_new_tokens: int
-    ) -> PromptSettings:
-        """See `Family`."""
-        tokenizer = processor.tokenizer
-        return PromptSettings(
-            chat_template=_self_contained(processor.chat_template or tokenizer.chat_template, tokenizer),
-            question_template=question_template,
-            image_token=processor.image_token,
-            stop_token_ids=tuple(sorted(_stop_tokens(config, tokenizer))),
-            max_new_tokens=max_new_tokens,
-            context_length=config["text_config"]["max_position_embeddings"],
-        )
-
-
-FAMILIES: dict[str, Family] = {"idefics3": Idefics3(), "smolvlm": Idefics3()}
+FAMILIES = (
+    Family("idefics3", ("idefics3", "smolvlm"), idefics3_images),
+    Family("qwen2_vl", ("qwen2_vl",), qwen_vl_images),
+    Family("qwen2_5_vl", ("qwen2_5_vl",), qwen_vl_images),
+    Family("llava", ("llava",), llava_images),
+    Family("internvl", ("internvl",), internvl_images),
+)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a model by the `model_type` in its `config.json`; raises `UnknownFamily`."""
     model_type = str(config.get("model_type"))
-    try:
-        return FAMILIES[model_type]
-    except KeyError:
-        raise UnknownFamily(model_type, FAMILIES) from None
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    raise UnknownFamily(model_type, [known for family in FAMILIES for known in family.model_types])
+
+
+def prompt_settings(
+    config: Mapping[str, Any], processor: Any, question_template: str, max_new_tokens: int
+) -> PromptSettings:
+    """The question's way to tokens, from a model's `config.json` and its transformers processor."""
+    tokenizer, text = processor.tokenizer, full_config(config)["text_config"]
+    return PromptSettings(
+        chat_template=_self_contained(processor.chat_template or tokenizer.chat_template, tokenizer),
+        question_template=question_template,
+        image_token=processor.image_token,
+        begin_token_ids=_begin_tokens(processor),
+        stop_token_ids=tuple(sorted(_stop_tokens(config, text, tokenizer))),
+        max_new_tokens=max_new_tokens,
+        context_length=min(text["max_position_embeddings"], MOST_CONTEXT),
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -103,19 +78,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _longest_edge(images: Any, name: str) -> int:
-    size = getattr(images, name)
-    edge = size.get("longest_edge") if isinstance(size, Mapping) else getattr(size, "longest_edge", None)
-    if not edge:
-        raise ExportError(f"the image processor's {name} is {size}; a longest_edge is needed")
-    return int(edge)
+def _begin_tokens(processor: Any) -> tuple[int, ...]:
+    """What the processor puts before a prompt; nothing where the template begins with it, as transformers has it."""
+    tokenizer = processor.tokenizer
+    whole, bare = (tokenizer("?", add_special_tokens=special)["input_ids"] for special in (True, False))
+    if whole == bare:
+        return ()
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+    begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return () if begins else tuple(whole[: len(whole) - len(bare)])
 
 
-def _stop_tokens(config: Mapping[str, Any], tokenizer: Any) -> set[int]:
+def _stop_tokens(config: Mapping[str, Any], text: Mapping[str, Any], tokenizer: Any) -> set[int]:
     """What ends an answer, as in `TransformersVlm`: the generation config's tokens, and the tokenizer's own."""
-    stops = {tokenizer.eos_token_id}
-    ids = config["generation_config"].get("eos_token_id", config["text_config"].get("eos_token_id"))
-    stops.update(ids if isinstance(ids, list) else [ids])
+    ids = config["generation_config"].get("eos_token_id", text.get("eos_token_id"))
+    stops = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])}
     return {int(token) for token in stops if token is not None}
 
 

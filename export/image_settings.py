@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from pydantic import ValidationError
 
-from mpa_edge.bundle import ImageSettings, InternVlImages, LlavaImages, QwenVlImages
+from mpa_edge.bundle import Idefics3Images, ImageSettings, InternVlImages, LlavaImages, QwenVlImages
 from mpa_edge.errors import ExportError
 from mpa_edge.runtime.internvl import END, START
 
@@ -23,9 +23,25 @@ TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 Settings = TypeVar("Settings", bound=ImageSettings)
 
 
+def idefics3_images(config: Mapping[str, Any], processor: Any) -> Idefics3Images:
+    """SmolVLM and Idefics3: square tiles and an overview."""
+    images, known = _images(processor, "Idefics3ImageProcessor", "SmolVLMImageProcessor"), full_config(config)
+    tile, vision = _edge(images, "max_image_size", "longest_edge"), known["vision_config"]
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 // known["scale_factor"] ** 2
+    _agree({"tile": vision["image_size"], "tokens": tokens}, {"tile": tile, "tokens": processor.image_seq_len})
+    return _settings(
+        Idefics3Images,
+        images,
+        tile_size=tile,
+        longest_edge=_edge(images, "size", "longest_edge"),
+        split=images.do_image_splitting,
+        tokens_per_tile=tokens,
+    )
+
+
 def qwen_vl_images(config: Mapping[str, Any], processor: Any) -> QwenVlImages:
     """Qwen2-VL and Qwen2.5-VL: dynamic size between two numbers of pixels."""
-    images, vision = _images(processor, "Qwen2VLImageProcessor"), _known(config)["vision_config"]
+    images, vision = _images(processor, "Qwen2VLImageProcessor"), full_config(config)["vision_config"]
     names = ("patch_size", "temporal_patch_size", "merge_size")
     sizes = {name: getattr(images, name) for name in names}
     model = {name: vision["spatial_merge_size" if name == "merge_size" else name] for name in names}
@@ -36,7 +52,7 @@ def qwen_vl_images(config: Mapping[str, Any], processor: Any) -> QwenVlImages:
 
 def llava_images(config: Mapping[str, Any], processor: Any) -> LlavaImages:
     """LLaVA with a CLIP or SigLIP tower: one square tile, cut out of the centre or squeezed."""
-    known = _known(config)
+    known = full_config(config)
     vision, default = known["vision_config"], known["vision_feature_select_strategy"] == "default"
     if vision["model_type"] not in TOWERS:
         raise ExportError(f"LLaVA with a {vision['model_type']} tower has no export; known: {', '.join(TOWERS)}")
@@ -55,7 +71,7 @@ def llava_images(config: Mapping[str, Any], processor: Any) -> LlavaImages:
 
 def internvl_images(config: Mapping[str, Any], processor: Any) -> InternVlImages:
     """InternVL: square tiles and an overview."""
-    known, images = _known(config), _images(processor, "GotOcr2ImageProcessor")
+    known, images = full_config(config), _images(processor, "GotOcr2ImageProcessor")
     vision, tile = known["vision_config"], _square(images, "size")
     tokens = int((vision["image_size"][0] // vision["patch_size"][0] * known["downsample_ratio"]) ** 2)
     _agree(
@@ -86,7 +102,7 @@ def _images(processor: Any, *kinds: str) -> Any:
     return images
 
 
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` with the defaults that it leaves out."""
     from transformers import AutoConfig
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -158,7 +158,7 @@ class Bundle(Strict):
     engine: Literal["llama.cpp", "onnxruntime", "openvino"]
     quantization: str
     files: tuple[File, ...]
-    image: Idefics3Images
+    image: Annotated[Idefics3Images | QwenVlImages | LlavaImages | InternVlImages, Field(discriminator="plan")]
     prompt: PromptSettings
     source: Source
     # Outcomes of the export checks by name, e.g. {"merge": {...}, "verify": {"token_agreement": 1.0, ...}}.

@@ -97,6 +97,9 @@ def family_of_bundle(bundle: Bundle) -> Family:
 
 def _families() -> dict[str, Family]:
     from mpa_edge.runtime.idefics3 import Idefics3
+    from mpa_edge.runtime.internvl import InternVl
+    from mpa_edge.runtime.llava import Llava
+    from mpa_edge.runtime.qwen_vl import QwenVl
 
-    known: tuple[Family, ...] = (Idefics3(),)
+    known: tuple[Family, ...] = (Idefics3(), QwenVl("qwen2_vl"), QwenVl("qwen2_5_vl"), Llava(), InternVl())
     return {family.name: family for family in known}

@@ -100,7 +100,7 @@ def gguf_bundle() -> Callable[..., Any]:
         model: Path, folder: Path, quant: str = "f16", *, name: str = "tiny", template: str = "{question}", tokens: int
     ) -> Any:
         from mpa_edge.bundle import Bundle, Source
-        from mpa_edge.export.families import family_of, read_config
+        from mpa_edge.export.families import family_of, prompt_settings, read_config
         from mpa_edge.export.merged import Names
         from mpa_edge.export.to_gguf import to_gguf
         from mpa_edge.processors import load_processor
@@ -115,7 +115,7 @@ def gguf_bundle() -> Callable[..., Any]:
             quantization=quant,
             files=tuple(files),
             image=family.image_settings(config, processor),
-            prompt=family.prompt_settings(config, processor, template, tokens),
+            prompt=prompt_settings(config, processor, template, tokens),
             source=Source(student=name, tool_version="0"),
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mpa_edge.errors import ExportError, UnknownFamily
-from mpa_edge.export.families import FAMILIES, family_of, read_config
+from mpa_edge.export.families import FAMILIES, family_of, prompt_settings, read_config
 from mpa_edge.runtime.families import family_named
 
 
@@ -19,7 +19,7 @@ def settings(folder: Path) -> tuple[Any, Any]:
 
     config, processor = read_config(folder), AutoProcessor.from_pretrained(folder)
     family = family_of(config)
-    return family.image_settings(config, processor), family.prompt_settings(config, processor, "Q {question}", 9)
+    return family.image_settings(config, processor), prompt_settings(config, processor, "Q {question}", 9)
 
 
 def test_settings_are_the_folders(tiny_idefics3: Path) -> None:
@@ -65,7 +65,7 @@ def test_unknown_families_are_named() -> None:
 
 
 def test_the_runtime_knows_every_family_under_the_same_name() -> None:
-    for family in FAMILIES.values():
+    for family in FAMILIES:
         assert family_named(family.name).name == family.name
 
 

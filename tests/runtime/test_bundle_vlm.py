@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 import mpa_edge.runtime as runtime
 from mpa_edge.bundle import Bundle, Source
 from mpa_edge.errors import BundleError, ImageError, InputError, MissingExtra, ModelError
-from mpa_edge.export.families import family_of, read_config
+from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.engine import Features, Logits
 from mpa_edge.runtime.families import Cut
@@ -80,7 +80,7 @@ def manifest(tiny_one_tile: Path) -> Bundle:
         quantization="f16",
         files=(),
         image=family.image_settings(config, processor),
-        prompt=family.prompt_settings(config, processor, "Q: {question}", 6),
+        prompt=prompt_settings(config, processor, "Q: {question}", 6),
         source=Source(student="tiny", tool_version="0"),
     )
 

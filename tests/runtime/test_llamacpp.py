@@ -14,7 +14,7 @@ import torch
 
 from mpa_edge.bundle import Bundle, Source
 from mpa_edge.errors import BundleError, ModelError
-from mpa_edge.export.families import family_of, read_config
+from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.export.merged import Names
 from mpa_edge.export.to_gguf import to_gguf
 from mpa_edge.runtime import open_bundle
@@ -42,7 +42,7 @@ class Pair:
                 quantization=quant,
                 files=tuple(files),
                 image=family.image_settings(config, self.reference.processor),
-                prompt=family.prompt_settings(config, self.reference.processor, "{question}", 12),
+                prompt=prompt_settings(config, self.reference.processor, "{question}", 12),
                 source=Source(student="tiny", tool_version="0"),
             )
             for quant, (files, _) in made.items()

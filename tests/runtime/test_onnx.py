@@ -14,7 +14,7 @@ from PIL import Image
 
 from mpa_edge.bundle import Bundle, Source, read_bundle, write_bundle
 from mpa_edge.errors import BundleError, InputError, ModelError
-from mpa_edge.export.families import Idefics3, read_config
+from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.export.to_onnx import to_onnx
 from mpa_edge.runtime import BundleVlm, load
 from mpa_edge.runtime.families import Cut
@@ -53,8 +53,8 @@ def manifest(model: Path, quant: str, files: list[Any], checks: dict[str, Any]) 
         engine="onnxruntime",
         quantization=quant,
         files=tuple(files),
-        image=Idefics3().image_settings(config, processor),
-        prompt=Idefics3().prompt_settings(config, processor, "{question}", 12),
+        image=family_of(config).image_settings(config, processor),
+        prompt=prompt_settings(config, processor, "{question}", 12),
         source=Source(student=model.name, tool_version="test"),
         checks=checks,
     )

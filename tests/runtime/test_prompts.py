@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from mpa_edge.bundle import PromptSettings
 from mpa_edge.errors import BundleError, InputError
-from mpa_edge.export.families import family_of, read_config
+from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.runtime.families import family_named
 from mpa_edge.runtime.prompts import Prompts, TextStream, Turn
 
@@ -38,7 +38,7 @@ class Model:
         config = read_config(folder)
         family = family_of(config)
         self.image = family.image_settings(config, self.processor)
-        self.prompt: PromptSettings = family.prompt_settings(config, self.processor, "{question}", 8)
+        self.prompt: PromptSettings = prompt_settings(config, self.processor, "{question}", 8)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.prompts = Prompts(tokenizer, self.prompt)
         self.family = family_named(family.name)
