@@ -26,10 +26,10 @@ from mpa_edge.align import align_models
 from mpa_edge.answers import metric_named
 from mpa_edge.benchmarks.ablation_rows import TASK, TRIALS, Trial, slug
 from mpa_edge.benchmarks.agreement import answers_of
-from mpa_edge.benchmarks.memo import MemoVlm
 from mpa_edge.benchmarks.reference import STUDENT, TEACHER, write_home, write_pool, write_test, write_validation
 from mpa_edge.config import AlignConfig
 from mpa_edge.labelled import read_questions
+from mpa_edge.memo import MemoVlm
 from mpa_edge.models import open_vlm
 from mpa_edge.records import write_atomic
 from mpa_edge.runtime.vlm import Vlm

@@ -15,8 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from mpa_edge.answers import metric_named
-from mpa_edge.benchmarks.sample import stratified
-from mpa_edge.labelled import Question, read_questions
+from mpa_edge.labelled import Question, read_questions, stratified
 from mpa_edge.models import open_vlm
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Decoding, Vlm

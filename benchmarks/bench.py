@@ -24,7 +24,7 @@ from mpa_edge.benchmarks.display import on_terminal
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.measure import Measured, Say, measure
 from mpa_edge.benchmarks.report import write_report
-from mpa_edge.benchmarks.sample import Item, items_of, latency_set, stratified
+from mpa_edge.benchmarks.sample import Item, items_of, latency_set
 from mpa_edge.benchmarks.score import Scored, compare, first, gap_closed, score
 from mpa_edge.benchmarks.variants import Variant, size_bytes, variants_of
 from mpa_edge.benchmarks.verdict import verdict
@@ -32,7 +32,7 @@ from mpa_edge.benchmarks.worker import Job
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.config import Settings
 from mpa_edge.errors import InputError
-from mpa_edge.labelled import Questions, read_questions
+from mpa_edge.labelled import Questions, read_questions, stratified
 from mpa_edge.records import write_atomic, write_rows
 from mpa_edge.runtime import available_cores
 from mpa_edge.tasks import Task, task_named, task_of_bundle

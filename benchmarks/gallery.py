@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from mpa_edge.benchmarks.measure import Measured
 from mpa_edge.benchmarks.sample import Item
 from mpa_edge.benchmarks.score import Scored, road
-from mpa_edge.benchmarks.stats import RIGHT_FROM
 from mpa_edge.errors import ImageError
 from mpa_edge.runtime.images import open_image
+from mpa_edge.stats import RIGHT_FROM
 
 PER_FILTER = 24  # cases that are shown per filter; the counts are of all
 THUMBNAIL = 224  # pixels along the longer edge at most

@@ -1,10 +1,9 @@
-"""Which questions are asked: all of them or a stratified share, and a few distinct pictures for the clock."""
+"""How questions are put to a model, and a few distinct pictures for the clock."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,23 +38,6 @@ def items_of(questions: Sequence[Question], prompt: Callable[[str], str]) -> lis
         key = hashlib.sha256(f"{picture} {text}".encode()).hexdigest()[:24]
         items.append(Item(question, Ask(key, question.image, text), picture))
     return items
-
-
-def stratified(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
-    """At most `limit` questions with each kind's share kept (largest remainders), in the file's order."""
-    if limit is None or limit >= len(questions):
-        return list(questions)
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, question in enumerate(questions):
-        places[question.kind].append(place)
-    shares = {kind: len(found) * limit / len(questions) for kind, found in places.items()}
-    quota = {kind: int(share) for kind, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda kind: (quota[kind] - shares[kind], kind))
-    for kind in by_remainder[: limit - sum(quota.values())]:
-        quota[kind] += 1
-    draw = random.Random(seed)
-    chosen = [place for kind in sorted(places) for place in draw.sample(places[kind], quota[kind])]
-    return [questions[place] for place in sorted(chosen)]
 
 
 def latency_set(items: Sequence[Item], n: int, seed: int) -> tuple[list[Ask], list[Ask]]:

@@ -11,9 +11,9 @@ from typing import Any
 from mpa_edge.answers import Metric, metric_named
 from mpa_edge.benchmarks.measure import Measured
 from mpa_edge.benchmarks.sample import Item
-from mpa_edge.benchmarks.stats import Estimate, mean_interval, paired_difference, percentile
 from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.worker import Row
+from mpa_edge.stats import Estimate, mean_interval, paired_difference, percentile
 
 BUSY_FROM = 0.15  # of all cores' time; from here on, other work made the latencies of a variant too long
 PHASES = ("preprocess", "vision", "prefill", "decode")

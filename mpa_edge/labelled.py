@@ -6,7 +6,9 @@ One bad row never stops a test set: it is left out, with its reason.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +75,23 @@ def read_questions(
     if not questions:
         raise InputError(f"{path}: no usable question ({_why_none(questions.skipped)})")
     return questions
+
+
+def stratified(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
+    """At most `limit` questions with each kind's share kept (largest remainders), in the file's order."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, question in enumerate(questions):
+        places[question.kind].append(place)
+    shares = {kind: len(found) * limit / len(questions) for kind, found in places.items()}
+    quota = {kind: int(share) for kind, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda kind: (quota[kind] - shares[kind], kind))
+    for kind in by_remainder[: limit - sum(quota.values())]:
+        quota[kind] += 1
+    draw = random.Random(seed)
+    chosen = [place for kind in sorted(places) for place in draw.sample(places[kind], quota[kind])]
+    return [questions[place] for place in sorted(chosen)]
 
 
 def pictures_in(path: str | Path, *, images: Path | None = None) -> Iterator[tuple[str, Path | bytes | ImageError]]:

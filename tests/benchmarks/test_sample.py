@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mpa_edge.benchmarks.sample import Item, items_of, latency_set, size_of, stratified
-from mpa_edge.labelled import Question
+from mpa_edge.benchmarks.sample import Item, items_of, latency_set, size_of
+from mpa_edge.labelled import Question, stratified
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpa_edge.benchmarks.stats import mcnemar, mean_interval, paired_difference, percentile
+from mpa_edge.stats import mcnemar, mean_interval, paired_difference, percentile
 
 
 @pytest.mark.parametrize(

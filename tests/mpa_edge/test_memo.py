@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mpa_edge.benchmarks.memo import MemoVlm
 from mpa_edge.fake import open_fake
+from mpa_edge.memo import MemoVlm
 from mpa_edge.runtime.vlm import Answer, Decoding
 
 PICTURES = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
