@@ -62,7 +62,7 @@ def open_source(source: Path, out: Path | None, progress: Progress) -> Merged:
 
 
 def _plain_model(folder: Path, out: Path | None) -> Merged:
-    from mpa_edge.export.merge import check_files, refuse_quantized
+    from mpa_edge.export.merge_checks import check_files, refuse_quantized
 
     refuse_quantized(folder)
     name = folder.resolve().name

@@ -14,15 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpa_edge.errors import ExportError
-from mpa_edge.export.merge import (
-    check_files,
-    check_logits,
-    check_tensors,
-    logits_of,
-    merge,
-    probe_of,
-    targeted_tensors,
-)
+from mpa_edge.export.merge import merge
+from mpa_edge.export.merge_checks import check_files, check_logits, check_tensors, logits_of, probe_of
+from mpa_edge.export.merge_trained import targeted_tensors
 
 QUERY = "model.text_model.layers.0.self_attn.q_proj.weight"
 
