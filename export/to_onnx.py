@@ -104,6 +104,7 @@ def _write_processor(merged: Path, folder: Path) -> list[File]:
         shutil.copyfile(merged / name, folder / name)
     _write_json(folder / PREPROCESSOR, _preprocessor(merged))
     names.append(PREPROCESSOR)
+    _add_chat_template(folder)
     return [describe_file(folder, name, "tokenizer" if name == TOKENIZER else "config") for name in names]
 
 
@@ -121,9 +122,20 @@ def _preprocessor(merged: Path) -> dict[str, Any]:
     return settings
 
 
+def _add_chat_template(folder: Path) -> None:
+    """transformers.js reads the template from `tokenizer_config.json`, where transformers 5 no longer writes it."""
+    template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if template.is_file() and config.is_file():
+        settings = json.loads(config.read_bytes())
+        _write_json(config, {**settings, "chat_template": template.read_text(encoding="utf-8")})
+
+
 def _write_config(merged: Path, folder: Path, quantization: Quantization, files: list[File]) -> File:
     config = json.loads((merged / CONFIG).read_bytes())
     config.pop("_name_or_path", None)  # a path of the machine that trained it
+    if config["model_type"] == "qwen2_vl":
+        # For this family transformers.js counts the layers of the cache at the top level.
+        config["num_hidden_layers"] = config["text_config"]["num_hidden_layers"]
     config["transformers.js_config"] = {
         "dtype": {VISION: "fp32", EMBED: "fp32", DECODER: quantization.dtype},
         "use_external_data_format": {
