@@ -10,6 +10,7 @@ from typing import Any
 
 from mpa_edge import __version__
 from mpa_edge.bundle import Source
+from mpa_edge.chat_address import is_address, parse_spec
 from mpa_edge.digests import digest_of_folder, digest_of_trained
 from mpa_edge.errors import InputError
 from mpa_edge.export.workshop import Workshop
@@ -129,6 +130,10 @@ def _merge_once(run: Path, student: Path, longest_edge: int | None, progress: Pr
 
 
 def _model_name(spec: str) -> str:
-    """A hub id as it is, a local path by its last part: a manifest holds no machine's paths."""
+    """A hub id as it is, a local path by its last part, a chat server by the model that it serves: a manifest holds no
+    machine's paths and no address."""
+    if is_address(spec):
+        return parse_spec(spec)[1] or "a model behind a chat server"
     path = Path(spec).expanduser()
-    return path.resolve().name if path.is_dir() or spec.startswith((".", "/", "~")) else spec
+    is_path = path.is_dir() or spec.startswith((".", "/", "~")) or spec.count("/") > 1
+    return path.resolve().name if is_path else spec

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpa_edge.errors import ExportError
-from mpa_edge.export.merge import base_folder, weight_files
+from mpa_edge.export.merge import base_folder
+from mpa_edge.export.merge_weights import weight_files
 from mpa_edge.export.merged import Merged
 from mpa_edge.export.model_card import CARD, model_card
 from mpa_edge.export.samples import Question

@@ -207,6 +207,23 @@ def test_scores_come_from_a_report_of_this_very_student(run: Path, merged: Merge
         shutil.rmtree(path.parent)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        ("http://10.0.0.7:8000/v1#Qwen2-VL-7B", "Qwen2-VL-7B"),
+        ("https://gpu-box/v1", "a model behind a chat server"),
+        ("old/place/of/teacher", "teacher"),
+        ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"),
+    ],
+)
+def test_a_teacher_is_named_without_its_address(teacher: str, name: str, run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    content = json.loads((copy / "run.json").read_text())
+    content["config"]["teacher"] = teacher
+    (copy / "run.json").write_text(json.dumps(content))
+    assert open_source(copy, None, lambda line: None).provenance.teacher == name
+
+
 def test_paths_go_and_names_stay(tiny_one_tile: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_one_tile, tmp_path / "source"))
     config = json.loads((source / "tokenizer_config.json").read_text())
