@@ -6,55 +6,92 @@ like a bundle, and an older bundle stays until the new one is whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mpa_edge.bundle import Bundle, File, describe_file, write_bundle
-from mpa_edge.errors import require
+from mpa_edge.errors import InputError, require
 from mpa_edge.export.families import family_of, prompt_settings, read_config
-from mpa_edge.export.merged import Merged, Progress, open_source
-from mpa_edge.export.quants import Format, checked
+from mpa_edge.export.merged import Merged, open_source
+from mpa_edge.export.quants import Format, checked, checked_mmproj
 from mpa_edge.export.samples import run_questions, synthetic_questions
+from mpa_edge.export.steps import Steps
 from mpa_edge.export.workshop import Workshop
 from mpa_edge.processors import load_processor
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.vlm import Decoding
 
-ENGINES: dict[Format, Literal["llama.cpp", "onnxruntime"]] = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
+ENGINES: dict[Format, Literal["llama.cpp", "onnxruntime", "openvino"]] = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 # What a format needs, looked for before any work: all of it comes with the extra `export`.
 TRAINING_SIDE = ("torch", "transformers", "peft", "safetensors")
 LIBRARIES: dict[Format, tuple[str, ...]] = {
     "gguf": (*TRAINING_SIDE, "gguf", "conversion", "llama_cpp"),
     "onnx": (*TRAINING_SIDE, "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"),
+    "hf": TRAINING_SIDE,
 }
 SAMPLES = 48
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an export may be told beside its format: `mmproj` is the precision of a GGUF bundle's vision part,
+    `quantize_vision` gives an ONNX bundle's vision encoder the decoder's bits, `repo` is the hub repository that a
+    Hugging Face folder's card tells how to load."""
+
+    mmproj: str = "f16"
+    quantize_vision: bool = False
+    repo: str | None = None
+
+
+DEFAULTS = Options()
 
 
 def export(
     source: Path,
     format: Format,
-    quants: Sequence[str],
+    quants: Sequence[str] | None = None,
     out: Path | None = None,
     *,
     samples: int = SAMPLES,
-    progress: Progress = lambda message: None,
+    options: Options = DEFAULTS,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> list[Path]:
     """Make one bundle per quantization from a run folder or a transformers model folder, and return their folders.
 
-    Bundles go to `<out>/<format>-<quant>/`; without `out` to the run's `bundles/`, or to `bundles/<model>/` here. A
-    run's merged model is kept at `<run>/merged/` and used again while adapter and base are the same. `progress` is
-    called with a line before each step. Raises `InputError` for what cannot be exported, `UnknownFamily`, and
+    Bundles go to `<out>/<format>-<quant>/`, the Hugging Face folder to `<out>/hf/`; without `out` to the run's
+    `bundles/`, or to `bundles/<model>/` here. A run's merged model is kept at `<run>/merged/` and used again while
+    adapter and base are the same. `samples` many questions verify each bundle; `progress` is called with a line at the
+    beginning and at the end of each step. Raises `InputError` for what cannot be exported, `UnknownFamily`, and
     `ExportError` when a check fails; nothing that failed a check is kept.
     """
-    quants = checked(format, quants)
+    wanted = checked(format, quants)
+    _check_options(format, wanted, options)
     require("export", LIBRARIES[format])
-    with _no_progress_bars():
-        merged = open_source(Path(source), out, progress)
+    with _no_progress_bars(), Steps(progress) as steps:
+        merged = open_source(Path(source), out, steps)
         family_of(read_config(merged.folder))
         with Workshop(merged.root) as workshop:
-            return _build(merged, format, quants, workshop, samples, progress)
+            if format == "hf":
+                return [_hf_folder(merged, workshop, samples, options, steps)]
+            return _build(merged, format, wanted, workshop, samples, options, steps)
+
+
+def _check_options(format: Format, quants: Sequence[str], options: Options) -> None:
+    """Refuse what does not go together before any work."""
+    if format == "gguf":
+        checked_mmproj(options.mmproj)
+    elif options.mmproj != Options.mmproj:
+        raise InputError("--mmproj goes with --format gguf")
+    if options.quantize_vision:
+        if format != "onnx":
+            raise InputError("--quantize-vision goes with --format onnx")
+        from mpa_edge.export.to_onnx import graph_precisions
+
+        for quant in quants:
+            graph_precisions(quant, quantize_vision=True)
 
 
 @contextmanager
@@ -71,18 +108,34 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _hf_folder(merged: Merged, workshop: Workshop, samples: int, options: Options, steps: Steps) -> Path:
+    from mpa_edge.export.to_hf import to_hf
+
+    settings = _Settings(merged)
+    steps("ask the merged model")
+    reference = settings.reference(samples)
+    steps("write and verify hf")
+    return to_hf(merged, merged.root / "hf", reference, workshop, repo=options.repo)
+
+
 def _build(
-    merged: Merged, format: Format, quants: list[str], workshop: Workshop, samples: int, progress: Progress
+    merged: Merged,
+    format: Format,
+    quants: list[str],
+    workshop: Workshop,
+    samples: int,
+    options: Options,
+    steps: Steps,
 ) -> list[Path]:
     settings = _Settings(merged)
     folders = {quant: workshop.folder(f"{format}-{quant}") for quant in quants}
-    progress(f"convert to {format}")
-    made = _convert(merged, format, folders, workshop)
-    progress("ask the merged model")
+    steps(f"convert to {format}")
+    made = _convert(merged, format, folders, workshop, options)
+    steps("ask the merged model")
     reference = settings.reference(samples)
     placed = []
     for quant, (files, checks) in made.items():
-        progress(f"verify {format}-{quant}")
+        steps(f"verify {format}-{quant}")
         bundle = Bundle(
             name=f"{merged.name}-{format}-{quant}",
             family=settings.family,
@@ -99,19 +152,22 @@ def _build(
 
 
 def _convert(
-    merged: Merged, format: Format, folders: dict[str, Path], workshop: Workshop
+    merged: Merged, format: Format, folders: dict[str, Path], workshop: Workshop, options: Options
 ) -> dict[str, tuple[list[File], dict[str, Any]]]:
     for folder in folders.values():
         folder.mkdir()
     if format == "gguf":
         from mpa_edge.export.to_gguf import to_gguf
 
-        return to_gguf(merged.folder, folders, merged.names)
+        return to_gguf(merged.folder, folders, merged.names, mmproj=options.mmproj, base=merged.base)
     from mpa_edge.export.to_onnx import to_onnx
 
     graphs = workshop.folder("graphs")
     graphs.mkdir()
-    return {quant: to_onnx(merged.folder, folder, quant, graphs=graphs) for quant, folder in folders.items()}
+    return {
+        quant: to_onnx(merged.folder, folder, quant, quantize_vision=options.quantize_vision, graphs=graphs)
+        for quant, folder in folders.items()
+    }
 
 
 def _verify_and_place(bundle: Bundle, folder: Path, target: Path, reference: Any, workshop: Workshop) -> Path:

@@ -32,7 +32,8 @@ class Names:
 
 @dataclass(frozen=True)
 class Merged:
-    """A model folder that is ready for conversion, and what is known about it. `root` is where bundles go."""
+    """A model folder that is ready for conversion, and what is known about it. `root` is where bundles go, `base` the
+    folder of the model that was trained."""
 
     folder: Path
     root: Path
@@ -41,6 +42,7 @@ class Merged:
     checks: dict[str, Any] = field(default_factory=dict)
     run: Path | None = None
     task: Task | None = None
+    base: Path | None = None
 
     @property
     def name(self) -> str:
@@ -80,6 +82,8 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
     content, student = read_run(run), RunFolder(run).student
     if not any((student / name).is_file() for name in (ADAPTER, WHOLE)):
         raise InputError(f"{run} has no trained student yet; finish it with mpa-edge align")
+    from mpa_edge.export.merge import base_folder
+
     config = content.get("config", {})
     task = task_of_run(content)
     folder, checks = _merge_once(run, student, config.get("longest_edge"), progress)
@@ -101,6 +105,7 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
         checks={key: value for key, value in checks.items() if key != "base_sha256"},
         run=run,
         task=task,
+        base=base_folder(student),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.errors import ExportError, InputError, RunError, UnknownFamily
 from mpa_edge.export import quants
-from mpa_edge.export.build import export
+from mpa_edge.export.build import Options, export
 from mpa_edge.export.samples import run_questions
 from mpa_edge.records import Case, Sample, write_rows
 from mpa_edge.runtime import load
@@ -92,7 +93,7 @@ def test_the_merged_model_is_used_again_until_the_adapter_changes(
     steps: list[str] = []
     before = (run / "merged" / "model.safetensors").stat().st_mtime_ns
     export(run, "gguf", ["q8_0"], samples=2, progress=steps.append)
-    assert "merge" not in steps
+    assert "merge …" not in steps
     assert (run / "merged" / "model.safetensors").stat().st_mtime_ns == before
 
     other = run.parent / "other"
@@ -100,14 +101,14 @@ def test_the_merged_model_is_used_again_until_the_adapter_changes(
     shutil.rmtree(other / "student")
     shutil.copytree(adapter_on(tiny_idefics3, scale=0.1), other / "student")
     export(other, "gguf", ["q8_0"], samples=2, progress=steps.append)
-    assert "merge" in steps
+    assert "merge …" in steps
 
 
 def test_a_damaged_merged_model_is_made_anew(run: Path, bundles: list[Path]) -> None:
     (run / "merged" / "generation_config.json").unlink()
     steps: list[str] = []
     export(run, "gguf", ["q8_0"], samples=2, progress=steps.append)
-    assert "merge" in steps
+    assert "merge …" in steps
     assert (run / "merged" / "generation_config.json").is_file()
 
 
@@ -146,7 +147,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_one_ti
     code = (
         "import sys, time; from pathlib import Path; import mpa_edge.export.verify as v\n"
         "v.verify = lambda *_: (print('verifying', flush=True), time.sleep(600))\n"
-        "from mpa_edge.export.build import export\n"
+        "from mpa_edge.export.build import Options, export\n"
         "export(Path(sys.argv[1]), 'gguf', ['q8_0'], Path(sys.argv[2]), samples=2)\n"
     )
     command = [sys.executable, "-c", code, str(tiny_one_tile), str(tmp_path)]
@@ -202,6 +203,32 @@ def test_an_unknown_family_is_named_before_any_conversion(tiny_one_tile: Path, t
 
 
 def test_the_names_of_onnx_quantizations_are_those_that_are_made() -> None:
-    from mpa_edge.export.onnx_quantize import QUANTIZATIONS
+    from mpa_edge.export.onnx_quantize import PRECISIONS
 
-    assert set(quants.ONNX) == set(QUANTIZATIONS)
+    assert set(quants.ONNX) == set(PRECISIONS)
+
+
+def test_each_step_is_told_with_its_time(run: Path, bundles: list[Path]) -> None:
+    told: list[str] = []
+    export(run, "gguf", ["q8_0"], samples=2, progress=told.append)
+    steps = ["convert to gguf", "ask the merged model", "verify gguf-q8_0"]
+    assert told[::2] == [f"{step} …" for step in steps]
+    assert all(re.fullmatch(rf"{step}: \d+\.\d s", line) for step, line in zip(steps, told[1::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("format", "quants", "options", "flag"),
+    [
+        ("gguf", ["f16"], Options(mmproj="q4_0"), "--mmproj q4_0"),
+        ("onnx", ["q4"], Options(mmproj="q8_0"), "--mmproj"),
+        ("gguf", ["f16"], Options(quantize_vision=True), "--quantize-vision"),
+        ("onnx", ["q4", "fp32"], Options(quantize_vision=True), "--quantize-vision"),
+        ("hf", ["q4"], Options(), "--quant q4"),
+    ],
+)
+def test_options_that_do_not_go_together_name_the_flag_before_any_work(
+    format: Any, quants: list[str], options: Options, flag: str, tiny_one_tile: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=flag):
+        export(tiny_one_tile, format, quants, tmp_path, options=options)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,37 @@
+"""The steps of an export as they are told: each by name when it begins, and with its time when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class Steps:
+    """`steps("merge")` ends the step before and begins this one; leaving the `with` block ends the last.
+
+    `seconds` holds what each ended step took, by name.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._tell = tell
+        self._name: str | None = None
+        self._start = 0.0
+
+    def __call__(self, name: str) -> None:
+        self._end()
+        self._name, self._start = name, time.perf_counter()
+        self._tell(f"{name} …")
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:  # a step that failed did not end
+            self._end()
+
+    def _end(self) -> None:
+        if self._name is not None:
+            took = self.seconds[self._name] = round(time.perf_counter() - self._start, 3)
+            self._tell(f"{self._name}: {took:.1f} s")
+            self._name = None
