@@ -16,20 +16,10 @@ from mpa_edge.bundle import Idefics3Images
 from mpa_edge.errors import ImageError
 from mpa_edge.runtime.idefics3 import Idefics3
 from mpa_edge.runtime.images import open_image
+from tiny_pictures import noise
 
 SIZES = [(1, 1), (2, 5), (64, 64), (65, 64), (63, 17), (96, 96), (128, 128), (200, 150), (150, 200), (37, 400)]
 SIZES += [(400, 37), (1000, 3), (3, 1000), (192, 191), (191, 192), (640, 480), (333, 334), (1, 300), (300, 1)]
-
-
-def picture(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
-    random = np.random.default_rng(seed)
-    width, height = size
-    if mode == "P":
-        image = Image.fromarray(random.integers(0, 256, (height, width), dtype=np.uint8)).convert("P")
-        image.putpalette(random.integers(0, 256, 768, dtype=np.uint8).tobytes())
-        return image
-    channels = {"RGB": (3,), "RGBA": (4,), "L": (), "LA": (2,)}[mode]
-    return Image.fromarray(random.integers(0, 256, (height, width, *channels), dtype=np.uint8), mode=mode)
 
 
 def settings(longest_edge: int, split: bool, tile: int = 64, resample: str = "lanczos") -> Idefics3Images:
@@ -63,28 +53,28 @@ def assert_same(
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("longest_edge", "split"), [(64, True), (64, False), (192, True), (192, False), (250, True)])
 def test_tiles_equal_the_processors(size: tuple[int, int], longest_edge: int, split: bool) -> None:
-    assert_same(picture("RGB", size), settings(longest_edge, split))
+    assert_same(noise("RGB", size), settings(longest_edge, split))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P"])
 def test_colour_modes_equal_the_processors(mode: str) -> None:
-    assert_same(picture(mode, (120, 90)), settings(192, True))
+    assert_same(noise(mode, (120, 90)), settings(192, True))
 
 
 def test_palette_with_transparency_equals_the_processors() -> None:
-    image = picture("P", (50, 40))
+    image = noise("P", (50, 40))
     image.info["transparency"] = 17
     assert_same(image, settings(128, True))
 
 
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic", "nearest"])
 def test_other_filters_equal_the_processors(resample: str) -> None:
-    assert_same(picture("RGB", (130, 70)), settings(192, True, resample=resample))
+    assert_same(noise("RGB", (130, 70)), settings(192, True, resample=resample))
 
 
 @pytest.mark.parametrize("longest_edge", [1456, 5000])
 def test_real_tile_sizes_and_the_4096_limit_equal_the_processors(longest_edge: int) -> None:
-    assert_same(picture("RGB", (97, 9)), settings(longest_edge, True, tile=364))
+    assert_same(noise("RGB", (97, 9)), settings(longest_edge, True, tile=364))
 
 
 @pytest.mark.parametrize("kind", [Idefics3ImageProcessorPil, SmolVLMImageProcessorPil])
@@ -92,7 +82,7 @@ def test_random_sizes_equal_the_processors(kind: type[Idefics3ImageProcessorPil]
     random = np.random.default_rng(5)
     for seed in range(40):
         width, height, edge = (int(n) for n in random.integers([1, 1, 32], [300, 300, 400]))
-        assert_same(picture("RGB", (width, height), seed), settings(edge, bool(seed % 4), tile=32), kind)
+        assert_same(noise("RGB", (width, height), seed), settings(edge, bool(seed % 4), tile=32), kind)
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -113,8 +103,8 @@ def test_sixteen_bit_grey_is_scaled(value: int, tmp_path: Path) -> None:
         assert image.getpixel((0, 0)) == (value >> 8,) * 3
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path: Path) -> None:
-    image = picture("RGB", (20, 10))
+def test_every_kind_of_source_gives_the_same_noise(tmp_path: Path) -> None:
+    image = noise("RGB", (20, 10))
     image.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), data, image, np.asarray(image)):
@@ -135,7 +125,7 @@ def reason(source: object, **limits: int) -> str:
 def test_truncated_jpeg_and_png(tmp_path: Path) -> None:
     for suffix in ("jpg", "png"):
         file = io.BytesIO()
-        picture("RGB", (200, 200)).save(file, "JPEG" if suffix == "jpg" else "PNG")
+        noise("RGB", (200, 200)).save(file, "JPEG" if suffix == "jpg" else "PNG")
         assert reason(file.getvalue()[: len(file.getvalue()) // 2]) == "truncated", suffix
 
 
@@ -168,8 +158,8 @@ def test_the_caller_decides_what_is_too_small() -> None:
     assert reason(Image.new("RGB", (1, 1)), min_edge=2) == "too_small"
 
 
-def test_a_data_url_is_a_picture() -> None:
-    file, image = io.BytesIO(), picture("RGB", (30, 20))
+def test_a_data_url_is_a_noise() -> None:
+    file, image = io.BytesIO(), noise("RGB", (30, 20))
     image.save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     np.testing.assert_array_equal(np.asarray(open_image(url)), np.asarray(image))
