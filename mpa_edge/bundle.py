@@ -7,10 +7,13 @@ is one deployable variant: one engine, one quantization.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import from_json
 
 from mpa_edge.errors import BundleError
 from mpa_edge.records import write_atomic
@@ -28,18 +31,29 @@ Role = Literal[
     "config",  # config.json, preprocessor_config.json and their like, for other tools
     "readme",
 ]
+# What an engine cannot start without.
+NEEDED: dict[str, tuple[Role, ...]] = {
+    "llama.cpp": ("language_model", "mmproj", "tokenizer"),
+    "onnxruntime": ("vision_encoder", "embed_tokens", "decoder", "tokenizer"),
+    "openvino": ("tokenizer",),
+}
+SCHEMA_VERSION: Final = 2
+# A relative path with "/" between its parts, in normal form: no part is empty, "." or "..", none holds a backslash, a
+# drive's colon or a control character.
+_PART = r"(?!\.{1,2}(?:/|$))[^/\\:\x00-\x1f\x7f]+"
+INSIDE = rf"^{_PART}(?:/{_PART})*$"
 
 
 class Strict(BaseModel):
     """Unknown keys are errors: a manifest from a newer version is refused, not half understood."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
 
 
 class File(Strict):
     """One file. `path` is relative to the bundle and stays inside it."""
 
-    path: str
+    path: str = Field(json_schema_extra={"pattern": INSIDE})
     role: Role
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
@@ -47,8 +61,7 @@ class File(Strict):
     @field_validator("path")
     @classmethod
     def _inside(cls, path: str) -> str:
-        parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+        if not re.fullmatch(INSIDE, path):
             raise ValueError(f"{path!r} is not a path inside the bundle")
         return path
 
@@ -152,7 +165,7 @@ class Source(Strict):
 class Bundle(Strict):
     """The content of `bundle.json`."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     family: str
     engine: Literal["llama.cpp", "onnxruntime", "openvino"]
@@ -163,6 +176,14 @@ class Bundle(Strict):
     source: Source
     # Outcomes of the export checks by name, e.g. {"merge": {...}, "verify": {"token_agreement": 1.0, ...}}.
     checks: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _each_file_once(self) -> Bundle:
+        # Two spellings of one name are one file on many devices.
+        paths = Counter(file.path.casefold() for file in self.files)
+        if twice := [file.path for file in self.files if paths[file.path.casefold()] > 1]:
+            raise ValueError(f"files: {twice[0]!r} is named more than once")
+        return self
 
     def path_of(self, folder: Path, role: Role) -> Path:
         """The path of the one file with this role; `BundleError` when there is none."""
@@ -183,36 +204,78 @@ def describe_file(folder: Path, path: str, role: Role) -> File:
 
 
 def write_bundle(folder: Path, bundle: Bundle) -> None:
-    """Write `bundle.json`, last and in one step: a folder without it is no bundle."""
-    write_atomic(folder / MANIFEST, bundle.model_dump_json(indent=2) + "\n")
+    """Write `bundle.json`, last and in one step: a folder without it is no bundle.
+
+    What is written is checked as it will be read; raises `BundleError` where it would be refused.
+    """
+    content = bundle.model_dump_json(indent=2) + "\n"
+    _check_files(folder, _parse(folder / MANIFEST, content.encode()), check_digests=False)
+    write_atomic(folder / MANIFEST, content)
 
 
 def read_bundle(folder: Path, *, check_digests: bool = False) -> Bundle:
-    """Read and check a manifest: schema, paths, and that each file is there with its size (and digest, when asked).
+    """Read and check a manifest: schema, paths, that it names what its engine needs, and that each file is there with
+    its size (and digest, when asked).
 
-    Raises `BundleError` with the file and the reason.
+    Raises `BundleError`, one line with the file and the reason.
     """
     path = folder / MANIFEST
     try:
-        bundle = Bundle.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{folder} is no bundle: {MANIFEST} cannot be read ({error.strerror})") from error
+    bundle = _parse(path, content)
+    _check_files(folder, bundle, check_digests)
+    return bundle
+
+
+def _parse(path: Path, content: bytes) -> Bundle:
+    try:
+        return Bundle.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise BundleError(f"{path}: {_one_line(_why(content, error))}") from error
+
+
+def _why(content: bytes, error: ValidationError) -> str:
+    """Why a manifest is refused, in the words of what was probably meant to be one."""
+    try:
+        found = from_json(content)
+    except ValueError as damage:
+        return f"is damaged: {damage}"
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if not isinstance(version, int):
+        return "is no manifest of mpa-edge"
+    if version != SCHEMA_VERSION:
+        age, cure = ("newer", "update this one") if version > SCHEMA_VERSION else ("older", "export it again")
+        return f"was made by a {age} mpa-edge (schema_version {version}, this one reads {SCHEMA_VERSION}); {cure}"
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+def _one_line(text: str) -> str:
+    """What comes from a foreign file must not break the line, or reach a terminal as commands."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:500]
+
+
+def _check_files(folder: Path, bundle: Bundle, check_digests: bool) -> None:
+    for role in NEEDED[bundle.engine]:
+        bundle.path_of(folder, role)
     for file in bundle.files:
         _check_file(folder, file, check_digests)
-    return bundle
 
 
 def _check_file(folder: Path, file: File, check_digest: bool) -> None:
     full = folder / file.path
-    if not full.is_file() or not full.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder}: {file.path} is missing, or lies outside the bundle")
-    if full.stat().st_size != file.bytes:
-        raise BundleError(f"{full}: has {full.stat().st_size} bytes where the manifest says {file.bytes}")
-    if check_digest and sha256_of(full) != file.sha256:
-        raise BundleError(f"{full}: its content is not what the manifest says (sha256 differs)")
+    try:
+        if not full.is_file() or not full.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{folder}: {file.path} is missing, or lies outside the bundle")
+        if full.stat().st_size != file.bytes:
+            raise BundleError(f"{full}: has {full.stat().st_size} bytes where the manifest says {file.bytes}")
+        if check_digest and sha256_of(full) != file.sha256:
+            raise BundleError(f"{full}: its content is not what the manifest says (sha256 differs)")
+    except OSError as error:
+        raise BundleError(f"{full}: cannot be read ({error.strerror})") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -47,8 +47,9 @@ def costs(folder: Path, bundle: Bundle) -> list[Cost]:
 
 
 def report(folder: Path) -> str:
-    """A bundle's identity, checks and costs, for people."""
-    bundle = read_bundle(folder)
+    """A bundle's identity, checks and costs, for people; `BundleError` where a file's size or checksum is not what the
+    manifest says."""
+    bundle = read_bundle(folder, check_digests=True)
     return "\n".join([*_identity(bundle), "", *_table(costs(folder, bundle))])
 
 
@@ -67,6 +68,7 @@ def _identity(bundle: Bundle) -> list[str]:
     if agreement is not None:
         lines.append(f"verified: {agreement:.0%} of {verified.get('samples')} answers equal the merged model's")
     lines += [f"  {file.role:16} {file.bytes / 1e6:9.2f} MB  {file.path}" for file in bundle.files]
+    lines.append(f"sizes and checksums of all {len(bundle.files)} files are as the manifest says")
     return lines
 
 

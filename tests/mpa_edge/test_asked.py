@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpa_edge.asked import check_bundle, require_bundle
-from mpa_edge.bundle import Bundle, Idefics3Images, PromptSettings, Source, write_bundle
+from mpa_edge.bundle import NEEDED, Bundle, Idefics3Images, PromptSettings, Source, describe_file, write_bundle
 from mpa_edge.errors import InputError
 from mpa_edge.fake import FakeVlm
 
@@ -40,17 +40,19 @@ def bundle(folder: Path, name: str = "tiny", **source: Any) -> str:
     prompt = PromptSettings(
         chat_template="", image_token="<image>", stop_token_ids=(), max_new_tokens=8, context_length=64
     )
+    folder.mkdir(parents=True)
+    for role in NEEDED["llama.cpp"]:
+        (folder / role).write_bytes(role.encode())
     manifest = Bundle(
         name="tiny-q8_0",
         family="idefics3",
         engine="llama.cpp",
         quantization="q8_0",
-        files=(),
+        files=tuple(describe_file(folder, role, role) for role in NEEDED["llama.cpp"]),
         image=IMAGE,
         prompt=prompt,
         source=Source(student=name, tool_version="0", **source),
     )
-    folder.mkdir(parents=True)
     write_bundle(folder, manifest)
     return str(folder)
 

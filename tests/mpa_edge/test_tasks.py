@@ -141,11 +141,12 @@ def test_bench_takes_a_task_from_a_file_or_from_the_bundles(tmp_path: Path, mani
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     """A bundle's folder, as far as reading its manifest goes."""
-    from mpa_edge.bundle import Bundle, Idefics3Images, PromptSettings, Source, describe_file, write_bundle
+    from mpa_edge.bundle import NEEDED, Bundle, Idefics3Images, PromptSettings, Source, describe_file, write_bundle
 
     folder = tmp_path / "bundle"
     folder.mkdir()
-    (folder / "model.gguf").write_bytes(b"weights")
+    for role in NEEDED["llama.cpp"]:
+        (folder / role).write_bytes(b"weights")
     image = Idefics3Images(
         tile_size=32, longest_edge=32, split=False, mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255,
         resample="bilinear", tokens_per_tile=4,
@@ -155,7 +156,7 @@ def manifest(tmp_path: Path) -> Path:
         max_new_tokens=16, context_length=64,
     )  # fmt: skip
     source = Source(student="s", task="shelves", metric="anls", tool_version="0")
-    files = (describe_file(folder, "model.gguf", "language_model"),)
+    files = tuple(describe_file(folder, role, role) for role in NEEDED["llama.cpp"])
     write_bundle(
         folder,
         Bundle(name="b", family="idefics3", engine="llama.cpp", quantization="q8_0", files=files, image=image,
