@@ -1,7 +1,8 @@
 """The decoder graph: onnxruntime-genai's model builder, then what transformers.js and plain ONNX Runtime expect of it.
 
 Inputs `inputs_embeds, attention_mask, position_ids, past_key_values.{i}.key|value`, outputs `logits,
-present.{i}.key|value`; the past is empty at prefill. One more input has a default and may be left out:
+present.{i}.key|value`; the past is empty at prefill. `position_ids` are (batch, sequence), and (3, batch, sequence) for
+Qwen2-VL and its kin. One more input has a default and may be left out:
 `num_logits_to_keep` (transformers.js' name), the number of last positions whose logits are wanted, 0 for all. Attention
 is one fused `com.microsoft.GroupQueryAttention` per layer, which reads the mask as a length: prompts of one batch must
 have no padding.
@@ -13,61 +14,93 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from onnx import TensorProto, helper
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from mpa_edge.errors import ExportError
+from mpa_edge.export.onnx_mrope import Heads, use_three_axes
 
 POSITION_IDS, LOGITS_TO_KEEP = "position_ids", "num_logits_to_keep"
 # Positions of GroupQueryAttention's inputs and outputs, from the operator's specification.
 GQA_PAST_KEY, GQA_POSITION_IDS = 3, 9
+# Where vision-language models of transformers keep their text model.
+TEXT_MODELS = ("language_model", "text_model")
+MROPE = "mrope_section"
+# Weights are copied on their way to a file, a shard at a time.
+SHARD = "500MB"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 INT64_MAX = 2**63 - 1
 
 
-def decoder_graph(model: Any, merged: Path) -> onnx.ModelProto:
-    """The float32 decoder of a vision-language model, with its output head and without its token embedding.
+def text_model(model: Any) -> Any:
+    """The text half of a vision-language model, without its output head: (inputs_embeds, position_ids) -> states."""
+    name = next((name for name in TEXT_MODELS if hasattr(model.model, name)), None)
+    if name is None:
+        raise ExportError(f"{type(model).__name__} keeps its text model under none of {', '.join(TEXT_MODELS)}")
+    return getattr(model.model, name)
 
-    `merged` is the folder that `model` was loaded from. Raises `ExportError` where the builder does not know the text
-    model, with its last words.
+
+def save_text_model(model: Any, merged: Path, folder: Path) -> None:
+    """Write the text half of a vision-language model as a causal language model, with the tokenizer of `merged`, the
+    folder that it was loaded from."""
+    config = causal_config(model.config)
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(config)
+    setattr(language, language.base_model_prefix, text_model(model))
+    language.lm_head = model.lm_head
+    language.config.architectures = [type(language).__name__]
+    language.save_pretrained(folder, max_shard_size=SHARD)
+    for name in TOKENIZER_FILES:
+        if (merged / name).is_file():
+            shutil.copyfile(merged / name, folder / name)
+
+
+def causal_config(config: Any) -> Any:
+    """The configuration of the text half alone. That of Qwen2-VL and Qwen2.5-VL is Qwen2 but for its positions."""
+    text = config.text_config
+    text.tie_word_embeddings = config.tie_word_embeddings
+    if not mrope_sections(text):
+        return text
+    rope = {key: value for key, value in text.rope_parameters.items() if key != MROPE}
+    return Qwen2Config.from_dict({**text.to_dict(), "model_type": "qwen2", "rope_parameters": rope})
+
+
+def mrope_sections(text: Any) -> list[int]:
+    """How many pairs of a head's dimensions turn by each axis in turn; empty for positions of one axis."""
+    return list((getattr(text, "rope_parameters", None) or {}).get(MROPE, []))
+
+
+def decoder_graph(text: Path, config: Any, scratch: Path) -> ir.Model:
+    """The float32 decoder of the text model in the folder `text`, with its output head and without its token embedding.
+
+    `config` is the vision-language model's `text_config`. The weights stay in a file in the folder `scratch`, which has
+    to live until the graph is saved. Raises `ExportError` where the builder does not know the text model, with its last
+    words.
     """
-    with tempfile.TemporaryDirectory(prefix="mpa-edge-") as scratch:
-        text, built = Path(scratch, "text"), Path(scratch, "built")
-        _save_text_model(model, merged, text)
-        _run_builder(text, built)
-        graph = onnx.load(built / "decoder.onnx")
-    _give_position_ids(graph)
-    _fix_cache_shape(graph, _head_dim(model.config.text_config))
+    _run_builder(text, scratch)
+    graph = onnx.load(scratch / "decoder.onnx", load_external_data=False)
+    _check_attention(graph)
+    sections = mrope_sections(config)
+    _add_position_ids(graph, axes=3 if sections else 1)
+    if sections:
+        heads = Heads(config.num_attention_heads, config.num_key_value_heads, _head_dim(config))
+        use_three_axes(graph, POSITION_IDS, sections, heads)
+    else:
+        _give_position_ids(graph)
+    _fix_cache_shape(graph, _head_dim(config))
     _keep_last_logits(graph)
     _use_standard_norms(graph)
     # What the builder says of the shapes in between is wrong in places; ONNX Runtime infers them itself.
     del graph.graph.value_info[:]
-    return graph
-
-
-def text_model(model: Any) -> Any:
-    """The text half of a vision-language model as a causal language model that shares its weights."""
-    config = model.config.text_config
-    config.tie_word_embeddings = model.config.tie_word_embeddings
-    with torch.device("meta"):
-        language = AutoModelForCausalLM.from_config(config)
-    setattr(language, language.base_model_prefix, model.model.text_model)
-    language.lm_head = model.lm_head
-    language.config.architectures = [type(language).__name__]
-    return language.eval()
-
-
-def _save_text_model(model: Any, merged: Path, folder: Path) -> None:
-    text_model(model).save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        if (merged / name).is_file():
-            shutil.copyfile(merged / name, folder / name)
+    model = ir.serde.deserialize_model(graph)
+    ir.external_data.set_base_dir(model.graph, scratch)
+    return model
 
 
 def _run_builder(text: Path, built: Path) -> None:
@@ -82,10 +115,13 @@ def _run_builder(text: Path, built: Path) -> None:
         raise ExportError(f"onnxruntime-genai's model builder cannot build this text model: {words[-1].strip()}")
 
 
-def _give_position_ids(model: onnx.ModelProto) -> None:
-    """Feed a `position_ids` input to the rotary embedding inside attention; the builder lets it count by itself."""
-    shape = ["batch_size", "sequence_length"]
+def _add_position_ids(model: onnx.ModelProto, axes: int) -> None:
+    shape = [3, "batch_size", "sequence_length"] if axes == 3 else ["batch_size", "sequence_length"]
     model.graph.input.append(helper.make_tensor_value_info(POSITION_IDS, TensorProto.INT64, shape))
+
+
+def _give_position_ids(model: onnx.ModelProto) -> None:
+    """Feed `position_ids` to the rotary embedding inside attention; the builder lets it count by itself."""
     for node in _attention_nodes(model):
         inputs = [*node.input, *[""] * (GQA_POSITION_IDS + 1 - len(node.input))]
         inputs[GQA_POSITION_IDS] = POSITION_IDS
@@ -164,10 +200,13 @@ def _norm_nodes(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _attention_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    return [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+
+
+def _check_attention(model: onnx.ModelProto) -> None:
+    nodes = _attention_nodes(model)
     if not nodes or any(not node.input[GQA_PAST_KEY].startswith("past_key_values.") for node in nodes):
         raise ExportError("the decoder's graph has no GroupQueryAttention with a past; another version of the builder?")
-    return nodes
 
 
 def _head_dim(config: Any) -> int:

@@ -1,31 +1,46 @@
-"""The float32 graphs of a merged model, each compared with its origin: vision encoder, token embedding, decoder."""
+"""The float32 graphs of a merged model, each compared with its origin: vision encoder, token embedding, decoder.
+
+The model is loaded in its own dtype and let go of part by part: peak memory stays near twice its size there, though the
+graphs are float32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForImageTextToText
 
 from mpa_edge.errors import ExportError
 from mpa_edge.export.families import family_of, read_config
-from mpa_edge.export.onnx_decoder import decoder_graph, text_model
+from mpa_edge.export.onnx_decoder import decoder_graph, mrope_sections, save_text_model, text_model
+from mpa_edge.export.onnx_save import IR_VERSION, OPSET, open_graph, save_graph
+from mpa_edge.export.onnx_vision import VISION_ENCODERS, reference_features, vision_graph
 from mpa_edge.export.quiet import quiet
 
 VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
-OPSET, IR_VERSION = 20, 10
-# A protobuf file ends at 2 GiB; beyond this the weights go into a file of their own.
-INLINE_BYTES = 1_800_000_000
 # Float32 on both sides, so only the order of additions differs; 1e-4 of the largest value is far above that (1e-6 seen)
 # and far below what a lost RoPE base, a transposed weight or a wrong epsilon does.
 TOLERANCE = 1e-4
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of a graph and what transformers makes of them in float32."""
+
+    inputs: Arrays
+    wanted: NDArray[np.float32]
 
 
 def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
@@ -36,132 +51,78 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
     """
     family = family_of(read_config(merged)).name
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode(), quiet():
-        model = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32, local_files_only=True).eval()
-        save_graph(VISION_GRAPHS[family](model), folder / f"{VISION}.onnx")
-        save_graph(embedding_graph(model.get_input_embeddings().weight), folder / f"{EMBED}.onnx")
-        save_graph(decoder_graph(model, merged), folder / f"{DECODER}.onnx")
+    paths = {name: folder / f"{name}.onnx" for name in (VISION, EMBED, DECODER)}
+    with tempfile.TemporaryDirectory(prefix="mpa-edge-") as scratch, torch.inference_mode(), quiet():
+        text = Path(scratch, "text")
+        model = AutoModelForImageTextToText.from_pretrained(merged, dtype="auto", local_files_only=True).eval()
+        config = model.config.text_config
+        samples = {DECODER: decoder_sample(model), EMBED: embedding_sample(model)}
+        save_graph(embedding_graph(model.get_input_embeddings().weight), paths[EMBED])
+        save_text_model(model, merged, text)
+        _drop_text_model(model)
+        samples[VISION] = _save_vision(model.float(), family, paths[VISION])
+        del model
+        gc.collect()
+        save_graph(decoder_graph(text, config, Path(scratch, "built")), paths[DECODER])
         differences = {
-            VISION: _vision_difference(model, folder / f"{VISION}.onnx"),
-            EMBED: _embedding_difference(model, folder / f"{EMBED}.onnx"),
-            DECODER: _decoder_difference(model, folder / f"{DECODER}.onnx"),
+            VISION: difference(paths[VISION], samples[VISION]),
+            EMBED: difference(paths[EMBED], samples[EMBED]),
+            DECODER: decoder_difference(paths[DECODER], samples[DECODER]),
         }
-    for name, difference in differences.items():
-        if not difference <= TOLERANCE:  # NaN fails too
-            raise ExportError(f"{name}.onnx differs from the model by {difference:.2g} of its largest output")
+    for name, found in differences.items():
+        if not found <= TOLERANCE:  # NaN fails too
+            raise ExportError(f"{name}.onnx differs from the model by {found:.2g} of its largest output")
     return differences
 
 
-class Idefics3Vision(torch.nn.Module):
-    """Tiles to image features, as `Idefics3Model.get_image_features`; tiles of zeros are padding and left out."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.tower, self.connector = model.model.vision_model, model.model.connector
-        self.patch = model.config.vision_config.patch_size
-
-    def forward(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
-        """Float (batch, tiles, 3, height, width) and bool (batch, tiles, height, width) -> (tiles, tokens, hidden)."""
-        pixels, mask = pixel_values.flatten(0, 1), pixel_attention_mask.flatten(0, 1)
-        real = (pixels != 0).flatten(1).any(-1)
-        pixels, mask = pixels[real], mask[real]
-        patches = mask.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch).sum(dim=(-1, -2)) > 0
-        hidden = self.tower(pixel_values=pixels, patch_attention_mask=patches).last_hidden_state
-        features: torch.Tensor = self.connector(hidden)
-        return features
-
-
-def idefics3_vision_graph(model: Any) -> onnx.ModelProto:
-    """`pixel_values`, `pixel_attention_mask` -> `image_features`, with any number of pictures and tiles."""
-    pixels, mask = _vision_inputs(model, 2, 3)
-    dimensions = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("num_tiles")}
-    program = torch.onnx.export(
-        Idefics3Vision(model).eval(),
-        (pixels, mask),
-        dynamo=True,
-        verbose=False,
-        opset_version=OPSET,
-        input_names=["pixel_values", "pixel_attention_mask"],
-        output_names=["image_features"],
-        dynamic_shapes={"pixel_values": dimensions, "pixel_attention_mask": dimensions},
-    )
-    if program is None:
-        raise ExportError("torch.onnx.export gave no program")
-    return program.model_proto
-
-
-VISION_GRAPHS: dict[str, Callable[[Any], onnx.ModelProto]] = {"idefics3": idefics3_vision_graph}
-
-
-def embedding_graph(weight: torch.Tensor) -> onnx.ModelProto:
+def embedding_graph(weight: torch.Tensor) -> ir.Model:
     """`input_ids` int64 (batch, sequence) -> `inputs_embeds` (batch, sequence, hidden): one Gather."""
     shape = ["batch_size", "sequence_length"]
-    graph = helper.make_graph(
-        [helper.make_node("Gather", ["embed_tokens.weight", "input_ids"], ["inputs_embeds"], "/embed_tokens/Gather")],
-        "main_graph",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, shape)],
-        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, [*shape, weight.shape[1]])],
-        [numpy_helper.from_array(weight.detach().float().numpy(), "embed_tokens.weight")],
+    rows = ir.tensor(weight.detach().float().numpy(), name="embed_tokens.weight")
+    table = ir.Value(name=rows.name, shape=rows.shape, type=ir.TensorType(rows.dtype), const_value=rows)
+    ids = ir.Value(name="input_ids", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT64))
+    embeds = ir.Value(
+        name="inputs_embeds", shape=ir.Shape([*shape, weight.shape[1]]), type=ir.TensorType(ir.DataType.FLOAT)
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    gather = ir.Node("", "Gather", [table, ids], outputs=[embeds], name="/embed_tokens/Gather")
+    graph = ir.Graph(
+        [ids], [embeds], nodes=[gather], initializers=[table], opset_imports={"": OPSET}, name="main_graph"
+    )
+    return ir.Model(graph, ir_version=IR_VERSION)
 
 
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write and check a graph; a large one keeps its weights in `<name>.onnx_data`, where transformers.js looks.
-
-    What exporters note about their own source files is dropped: it names paths of the machine.
-    """
-    for part in _with_notes(model):
-        part.doc_string = ""
-        del part.metadata_props[:]
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > INLINE_BYTES
-    data = path.with_name(f"{path.name}_data")
-    data.unlink(missing_ok=True)  # onnx appends to a file that is there
-    onnx.save_model(model, path, save_as_external_data=large, location=data.name)
-    onnx.checker.check_model(path)
-
-
-def open_graph(path: Path) -> onnxruntime.InferenceSession:
-    """A graph under plain ONNX Runtime on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; inputs with a default are warned about otherwise
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def _with_notes(model: onnx.ModelProto) -> Iterator[Any]:
-    graph = model.graph
-    yield from (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
-    for function in model.functions:
-        yield from (function, *function.node)
-
-
-def _vision_inputs(model: Any, batch: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-    edge = model.config.vision_config.image_size
-    pixels = torch.rand(batch, tiles, 3, edge, edge, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return pixels, torch.ones(batch, tiles, edge, edge, dtype=torch.bool)
-
-
-def _vision_difference(model: Any, path: Path) -> float:
-    """Two pictures, the second with one tile of padding."""
-    pixels, mask = _vision_inputs(model, 2, 2)
-    pixels[1, 1], mask[1, 1] = 0, False
-    wanted = torch.cat(list(model.model.get_image_features(pixels, mask).pooler_output)).numpy()
-    feed = {"pixel_values": pixels.numpy(), "pixel_attention_mask": mask.numpy()}
-    return _difference(open_graph(path).run(None, feed)[0].reshape(wanted.shape), wanted)
-
-
-def _embedding_difference(model: Any, path: Path) -> float:
-    weight = model.get_input_embeddings().weight.float().numpy()
+def embedding_sample(model: Any) -> Sample:
+    """Tokens from all of the vocabulary."""
+    weight = model.get_input_embeddings().weight
     ids = np.linspace(0, len(weight) - 1, 64, dtype=np.int64)[None]
-    return _difference(open_graph(path).run(None, {"input_ids": ids})[0][0], weight[ids[0]])
+    return Sample({"input_ids": ids}, weight[torch.from_numpy(ids)].float().numpy())
 
 
-def _decoder_difference(model: Any, path: Path) -> float:
-    """A prompt of random tokens in one go, then three tokens on top of its cache."""
-    language, config = text_model(model), model.config.text_config
+def decoder_sample(model: Any) -> Sample:
+    """A prompt of random tokens; positions in three axes, where the model has them, as of a picture of 4 x 3 tokens."""
+    config = model.config.text_config
     ids = torch.randint(0, config.vocab_size, (1, 27), generator=torch.Generator().manual_seed(0))
-    embeds = model.get_input_embeddings()(ids)
-    wanted = language(inputs_embeds=embeds).logits[0].numpy()
+    embeds = model.get_input_embeddings()(ids).float()
+    positions = torch.arange(27)[None]
+    if mrope_sections(config):
+        positions = positions.repeat(3, 1, 1)
+        positions[:, 0, 5:17] = 5 + torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(3)).T
+        positions[:, 0, 17:] -= 8
+    text = text_model(model)
+    with _in_float32([*text.layers, text.norm, model.lm_head]):
+        states = text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        logits = model.lm_head(states)
+    return Sample({"inputs_embeds": embeds.numpy(), "position_ids": positions.numpy()}, logits.numpy())
+
+
+def difference(path: Path, sample: Sample) -> float:
+    """The largest difference of a graph's output from the wanted one, as a fraction of the largest wanted value."""
+    got = open_graph(path).run(None, dict(sample.inputs))[0]
+    return _relative(got.reshape(sample.wanted.shape), sample.wanted)
+
+
+def decoder_difference(path: Path, sample: Sample) -> float:
+    """As `difference`: the prompt but for three tokens in one go, then those on top of its cache."""
     session = open_graph(path)
     names = [output.name for output in session.get_outputs()]
     past = {
@@ -169,18 +130,62 @@ def _decoder_difference(model: Any, path: Path) -> float:
         for value in session.get_inputs()
         if value.name.startswith("past_key_values.")
     }
-    got = []
-    for start, end in ((0, 24), (24, 27)):
-        feed = {"inputs_embeds": embeds[:, start:end].numpy(), "attention_mask": np.ones((1, end), np.int64)}
-        outputs = dict(zip(names, session.run(None, feed | past | _positions(start, end)), strict=True))
-        got.append(outputs.pop("logits")[0])
+    embeds, positions = sample.inputs["inputs_embeds"], sample.inputs["position_ids"]
+    got, count = [], embeds.shape[1]
+    for start, end in ((0, count - 3), (count - 3, count)):
+        feed = {
+            "inputs_embeds": embeds[:, start:end],
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": positions[..., start:end],
+        }
+        outputs = dict(zip(names, session.run(None, feed | past), strict=True))
+        got.append(outputs.pop("logits"))
         past = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
-    return _difference(np.concatenate(got), wanted)
+    return _relative(np.concatenate(got, axis=1), sample.wanted)
 
 
-def _positions(start: int, end: int) -> dict[str, NDArray[np.int64]]:
-    return {"position_ids": np.arange(start, end, dtype=np.int64)[None]}
+def _save_vision(model: Any, family: str, path: Path) -> Sample:
+    """Write the vision encoder of a model whose text model is gone."""
+    encoder = VISION_ENCODERS[family](model)
+    wanted = reference_features(model, encoder).numpy()
+    save_graph(vision_graph(encoder), path)
+    return Sample({name: tensor.numpy() for name, tensor in encoder.inputs.items()}, wanted)
 
 
-def _difference(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+def _drop_text_model(model: Any) -> None:
+    text = text_model(model)
+    delattr(model.model, next(name for name, child in model.model.named_children() if child is text))
+    del model.lm_head
+    gc.collect()
+
+
+@contextmanager
+def _in_float32(modules: list[Any]) -> Iterator[None]:
+    """Let modules compute in float32, each with weights that are converted while it runs."""
+
+    def widen(module: Any, _: Any) -> None:
+        for parameter in module.parameters():
+            kept.append((parameter, parameter.data))
+            parameter.data = parameter.data.float()
+
+    def restore(*_: Any) -> None:
+        while kept:
+            parameter, data = kept.pop()
+            parameter.data = data
+
+    kept: list[tuple[Any, Any]] = []
+    hooks = [
+        hook
+        for module in modules
+        for hook in (module.register_forward_pre_hook(widen), module.register_forward_hook(restore))
+    ]
+    try:
+        yield
+    finally:
+        restore()
+        for hook in hooks:
+            hook.remove()
+
+
+def _relative(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())

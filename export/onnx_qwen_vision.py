@@ -1,0 +1,106 @@
+"""Qwen2-VL's and Qwen2.5-VL's vision tower without shapes that depend on data, so that one graph takes any pictures.
+
+transformers cuts the patches of all pictures into sequences (and Qwen2.5-VL sorts them by window first). Here each
+patch's picture, row and column follow from its number and the grids, and what may attend to what is a mask over all
+patches: the same sums, with others weighted zero. Memory grows with the square of the number of patches; whoever has
+several large pictures runs them one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where patches lie, int64 (patches,) each: `frame` is the number of the first patch of a patch's picture or frame,
+    `row` and `column` count patches in it, `rows` and `columns` are its size."""
+
+    frame: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    columns: torch.Tensor
+
+
+def places_of(count: int, grid: torch.Tensor, merge: int) -> Places:
+    """The places of `count` patches of pictures with these grids (frames, rows, columns), int64 (pictures, 3).
+
+    Patches of one image token (`merge` x `merge`) are neighbours in the sequence; tokens go row by row.
+    """
+    number = torch.arange(count, device=grid.device)
+    ends = grid.prod(-1).cumsum(0)
+    picture = (number[:, None] >= ends[None]).sum(-1)
+    rows, columns = grid[picture, 1], grid[picture, 2]
+    within = number - (ends - grid.prod(-1))[picture]
+    place = within % (rows * columns)
+    token, inner = place // merge**2, place % merge**2
+    tokens_per_row = columns // merge
+    return Places(
+        frame=number - place,
+        row=token // tokens_per_row * merge + inner // merge,
+        column=token % tokens_per_row * merge + inner % merge,
+        columns=columns,
+    )
+
+
+class QwenVision(torch.nn.Module):
+    """Patches to image features, as the visual part of `Qwen2VLModel` and `Qwen2_5_VLModel`, with its weights."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        config = visual.config
+        self.rotary, self.blocks, self.merger = visual.rotary_pos_emb, visual.blocks, visual.merger
+        # A convolution whose kernel is a whole patch is a product.
+        self.embedding = torch.nn.Parameter(visual.patch_embed.proj.weight.detach().flatten(1), requires_grad=False)
+        self.merge = config.spatial_merge_size
+        self.full = getattr(config, "fullatt_block_indexes", range(len(self.blocks)))
+        window = getattr(config, "window_size", None)
+        self.window = window and window // config.patch_size // self.merge * self.merge
+
+    def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """Float (patches, channels * frames * height * width) and int64 (pictures, 3) -> (image tokens, hidden)."""
+        places = places_of(pixel_values.shape[0], grid_thw, self.merge)
+        # Of three axes on purpose: a linear layer on two becomes a Gemm, which weight quantization leaves out.
+        hidden = functional.linear(pixel_values[None], self.embedding)
+        cos, sin = self.rotary(hidden, torch.stack([places.row, places.column], -1))
+        picture = _same(places.frame)
+        near = _same(self._window_of(places)) if self.window else picture
+        for layer, block in enumerate(self.blocks):
+            mask = picture if layer in self.full else near
+            hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, mask)
+            hidden = hidden + block.mlp(block.norm2(hidden))
+        tokens = self.merger.ln_q(hidden).reshape(1, -1, self.merger.hidden_size)
+        features: torch.Tensor = self.merger.mlp(tokens)[0]
+        return features
+
+    def _window_of(self, places: Places) -> torch.Tensor:
+        """A number for each window: its place in the picture counted from the picture's first patch. A picture has
+        more patches than windows, so those of two pictures never meet."""
+        across = (places.columns + self.window - 1) // self.window
+        return places.frame + places.row // self.window * across + places.column // self.window
+
+
+def _same(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers[:, None] == numbers[None]
+
+
+def _attend(
+    attention: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """`VisionAttention.forward` of (1, patches, width) with a mask (patches, patches) in the place of lengths."""
+    count = hidden.shape[1]
+    parts = attention.qkv(hidden).reshape(count, 3, attention.num_heads, -1).permute(1, 2, 0, 3)
+    query, key, value = parts.unsqueeze(1).unbind(0)
+    query, key = (part * cos + _rotate_half(part) * sin for part in (query, key))
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scaling)
+    projected: torch.Tensor = attention.proj(mixed.transpose(1, 2).reshape(1, count, -1))
+    return projected
+
+
+def _rotate_half(values: torch.Tensor) -> torch.Tensor:
+    first, second = values.chunk(2, -1)
+    return torch.cat([-second, first], -1)
