@@ -311,8 +311,10 @@ def _save(folder: Path, kind: Any, config: Any, processor: Any, tokenizer: Any, 
     with torch.no_grad():
         # The usual initialisation (0.02) gives nearly flat logits; spread them so that an argmax means something.
         for parameter in model.parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and 0.01 < parameter.std() < 0.1:
                 parameter.mul_(4)
+            elif parameter.ndim > 1:  # zeros, which hide a lost position, or so large that a softmax takes one of all
+                parameter.normal_(0, 0.08)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
