@@ -39,11 +39,14 @@ SAMPLES = 48
 class Options:
     """What an export may be told beside its format: `mmproj` is the precision of a GGUF bundle's vision part,
     `quantize_vision` gives an ONNX bundle's vision encoder the decoder's bits, `repo` is the hub repository that a
-    Hugging Face folder's card tells how to load."""
+    Hugging Face folder's card tells how to load. `data` is a labelled file on which the whole road is scored, `limit`
+    that many of its questions."""
 
     mmproj: str = "f16"
     quantize_vision: bool = False
     repo: str | None = None
+    data: Path | None = None
+    limit: int | None = None
 
 
 DEFAULTS = Options()

@@ -14,6 +14,7 @@ import typer
 from mpa_edge import __version__
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import AGAIN, MpaEdgeError
+from mpa_edge.export.quants import DEFAULTS, QUANTS
 from mpa_edge.options import given, options_of
 from mpa_edge.ranks import is_main
 
@@ -33,6 +34,8 @@ class Format(str, Enum):
 
     gguf = "gguf"
     onnx = "onnx"
+    openvino = "openvino"
+    hf = "hf"
 
 
 def _version(wanted: bool) -> None:
@@ -93,7 +96,8 @@ def align(
 
 
 @app.command(
-    epilog="Example: mpa-edge export runs/shop --format gguf --quant q8_0,q4_k_m",
+    epilog="Examples: mpa-edge export runs/shop --format gguf --quant q8_0,q4_k_m\n\n"
+    "mpa-edge export runs/shop --format hf --push me/shop-vqa --dry-run",
     short_help="Merge, check, convert, quantize and verify: run to bundle.",
 )
 def export(
@@ -101,28 +105,85 @@ def export(
         Path | None, typer.Argument(metavar="[RUN|MODEL]", help="A run, or a model folder. Default: the newest run.")
     ] = None,
     format: Annotated[
-        Format, typer.Option(help="gguf for llama.cpp, onnx for ONNX Runtime and transformers.js.")
+        Format,
+        typer.Option(
+            help="gguf for llama.cpp, onnx for ONNX Runtime and transformers.js, openvino for Intel laptops, hf for a "
+            "merged model folder."
+        ),
     ] = Format.gguf,
     quant: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated. gguf: f16, q8_0, q4_k_m (default q8_0). onnx: fp32, int8, q4 (default int8)."
+            help="Comma-separated. "
+            + " ".join(f"{kind}: {', '.join(names)}." for kind, names in QUANTS.items() if names),
+            show_default=", ".join(f"{kind} {' '.join(names)}" for kind, names in DEFAULTS.items() if names),
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the bundles go. Default: RUN/bundles.")] = None,
+    mmproj: Annotated[str, typer.Option(help="gguf: precision of the vision part, f16 or q8_0.")] = "f16",
+    quantize_vision: Annotated[
+        bool, typer.Option("--quantize-vision", help="onnx: quantize the vision encoder too; the loss is measured.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Labelled questions: the manifest then tells the accuracy of each station of the road."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask a stratified sample of N of them.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME", help="hf: upload to this hub repository; the token is in HF_TOKEN.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new hub repository public.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what --push would upload, and send nothing.")
+    ] = False,
 ) -> None:
     """Merge the adapter, check the merge, convert, quantize, and verify the bundle through the runtime."""
+    from mpa_edge.export.build import Options
     from mpa_edge.export.build import export as run_export
 
-    quants = (quant or ("q8_0" if format is Format.gguf else "int8")).split(",")
+    _check_push(format, push, public, dry_run)
+    options = Options(mmproj=mmproj, quantize_vision=quantize_vision, data=data, limit=limit, repo=push)
     with _resumable():
-        bundles = run_export(source or _newest_run(), format.value, quants, out, progress=_say)
-    for bundle in bundles:
-        typer.echo(f"{bundle}\n  next: mpa-edge ask {bundle} PICTURE.jpg 'What does the sign say?'")
+        made = run_export(
+            source or _newest_run(),
+            format.value,
+            quant.split(",") if quant else None,
+            out,
+            options=options,
+            progress=_say,
+        )
+    for folder in made:
+        typer.echo(folder)
+        if format is not Format.hf:
+            typer.echo(f"  next: mpa-edge ask {folder} PICTURE.jpg 'What does the sign say?'")
+    if push:
+        from mpa_edge.export.push import push as run_push
+
+        typer.echo("\n".join(run_push(made[0], push, private=not public, dry_run=dry_run).lines()))
 
 
-def _say(step: str) -> None:
-    typer.echo(f"  {step} …", err=True)
+def _check_push(format: Format, push: str | None, public: bool, dry_run: bool) -> None:
+    from mpa_edge.errors import InputError
+
+    if push and format is not Format.hf:
+        raise InputError("--push goes with --format hf")
+    if (public or dry_run) and not push:
+        raise InputError(f"{'--public' if public else '--dry-run'} goes with --push NAME")
+
+
+def _say(line: str) -> None:
+    typer.echo(f"  {line}", err=True)
+
+
+@app.command(
+    epilog="Example: mpa-edge families --json",
+    short_help="List the model families, and what each can be exported to.",
+)
+def families(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the model families that can be exported, with formats and precisions; others can be aligned only."""
+    from mpa_edge.export.table import as_json, as_text
+
+    typer.echo(as_json() if json else as_text())
 
 
 def _newest_run() -> Path:

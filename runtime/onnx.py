@@ -19,6 +19,8 @@ from mpa_edge.runtime.families import Cut, family_of_bundle
 # Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
 TILES_AT_ONCE = 4
 CPU = "CPUExecutionProvider"
+# What transformers.js calls an input of Qwen2-VL's (not Qwen2.5-VL's) vision encoder -> the processor's name for it.
+OTHER_NAMES = {"grid_thw": "image_grid_thw"}
 
 
 def open_engine(folder: Path, bundle: Bundle, threads: int | None = None) -> OnnxEngine:
@@ -78,7 +80,8 @@ class OnnxEngine:
     def _encode(self, cut: Cut) -> Features:
         types = {value.name: _numpy_type(value) for value in self._vision.get_inputs()}
         values = self._family.pixel_values(cut, self._image)
-        features = self._vision.run(None, {name: values[name].astype(types[name], copy=False) for name in types})[0]
+        feed = {name: values[OTHER_NAMES.get(name, name)].astype(kind, copy=False) for name, kind in types.items()}
+        features = self._vision.run(None, feed)[0]
         return cast("Features", features.astype(np.float32, copy=False).reshape(-1, features.shape[-1]))
 
     def prefill(

@@ -1,0 +1,157 @@
+"""Every family in every format and precision against transformers: logits at every position, then greedy tokens.
+
+The models are random, with logits spread so that an argmax means something, and see pictures of several sizes, one and
+two at a time, with short and long questions. Errors are given as a fraction of the logits' standard deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from mpa_edge.bundle import Bundle, Source
+from mpa_edge.export.families import FAMILIES, family_of, prompt_settings, read_config
+from mpa_edge.export.merged import Names
+from mpa_edge.export.quants import QUANTS
+from mpa_edge.export.tolerance import TOLERANCE, logit_error
+from mpa_edge.processors import load_processor
+from mpa_edge.runtime import BundleVlm, open_bundle
+from mpa_edge.runtime.vlm import Decoding
+
+MODELS = ["tiny_idefics3", "tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_llava_siglip", "tiny_internvl"]
+# Formats with an engine in this environment; OpenVINO's parity is in test_openvino.py.
+FORMATS = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
+FULL = {"gguf": "f32", "onnx": "fp32"}
+# Pictures by their sizes: smaller than a tile, one tile, many tiles, very wide, very tall, and two in one prompt.
+ASKED = [
+    ([(20, 30)], "?"),
+    ([(64, 64)], "What does the sign say?"),
+    ([(190, 170)], "Wie viel kostet das, in €? " * 8),
+    ([(400, 37)], "How many?"),
+    ([(31, 390)], ""),
+    ([(150, 40), (64, 100)], "Which is larger?"),
+]
+MODES = ("L", "RGBA", "P")
+
+
+class Original:
+    """A model in transformers, asked through its own processor."""
+
+    def __init__(self, folder: Path, make_picture: Any) -> None:
+        self.folder = folder
+        self.processor = load_processor(folder)
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.asked = [
+            ([make_picture(*size, seed=seed) for seed, size in enumerate(sizes)], text) for sizes, text in ASKED
+        ]
+        self.logits = [self._logits(images, text) for images, text in self.asked]
+
+    def tokens(self, images: Sequence[Image.Image], text: str) -> list[int]:
+        inputs = self._inputs(images, text)
+        with torch.inference_mode():
+            found = self.model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        new: list[int] = found[0, inputs["input_ids"].shape[1] :].tolist()
+        return new
+
+    def _logits(self, images: Sequence[Image.Image], text: str) -> Any:
+        with torch.inference_mode():
+            return self.model(**self._inputs(images, text)).logits[0].numpy()
+
+    def _inputs(self, images: Sequence[Image.Image], text: str) -> Any:
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        given = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], **given)
+
+
+class Exported:
+    """The bundles of one model in one format."""
+
+    def __init__(self, original: Original, format: str, root: Path, graphs: Path) -> None:
+        self.format, self.root, self.original = format, root, original
+        self._made = self._convert(graphs)
+
+    def open(self, quant: str) -> BundleVlm:
+        config = read_config(self.original.folder)
+        family = family_of(config)
+        bundle = Bundle(
+            name=self.root.name,
+            family=family.name,
+            engine=FORMATS[self.format],
+            quantization=quant,
+            files=tuple(self._made[quant][0]),
+            image=family.image_settings(config, self.original.processor),
+            prompt=prompt_settings(config, self.original.processor, "{question}", 10),
+            source=Source(student=self.root.name, tool_version="0"),
+        )
+        return open_bundle(self.root / quant, bundle, threads=1)
+
+    def _convert(self, graphs: Path) -> dict[str, Any]:
+        folders = {quant: self.root / quant for quant in QUANTS[self.format]}
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+        if self.format == "gguf":
+            from mpa_edge.export.to_gguf import to_gguf
+
+            return to_gguf(self.original.folder, folders, Names(self.root.name))
+        from mpa_edge.export.to_onnx import to_onnx
+
+        graphs.mkdir(exist_ok=True)
+        return {quant: to_onnx(self.original.folder, folder, quant, graphs=graphs) for quant, folder in folders.items()}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def original(request: pytest.FixtureRequest, picture: Any) -> Original:
+    return Original(request.getfixturevalue(request.param), picture)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(
+    request: pytest.FixtureRequest, original: Original, onnx_graphs: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    root = tmp_path_factory.mktemp("parity") / original.folder.name
+    return Exported(original, request.param, root, onnx_graphs(original.folder))
+
+
+def test_logits_at_every_position(exported: Exported) -> None:
+    """All precisions, from the most precise down; one failure tells them all."""
+    errors: dict[str, float] = {}
+    for quant in QUANTS[exported.format]:
+        with exported.open(quant) as vlm:
+            pairs = zip(exported.original.asked, exported.original.logits, strict=True)
+            errors[quant] = max(logit_error(vlm.logits(images, text), wanted) for (images, text), wanted in pairs)
+    allowed = TOLERANCE[FORMATS[exported.format]]
+    assert errors == {quant: pytest.approx(0, abs=allowed[quant]) for quant in errors}
+
+
+def test_greedy_tokens(exported: Exported) -> None:
+    with exported.open(FULL[exported.format]) as vlm:
+        for images, text in exported.original.asked:
+            wanted = exported.original.tokens(images, text)
+            answer = vlm.ask(images, text, Decoding(max_new_tokens=10))
+            assert list(answer.tokens) == [token for token in wanted if token not in vlm.bundle.prompt.stop_token_ids]
+
+
+def test_every_kind_of_picture(exported: Exported, picture: Any) -> None:
+    """Grey, transparent and palette pictures go the runtime's own way to RGB; transformers gets them as RGB."""
+    from mpa_edge.runtime.images import open_image
+
+    allowed = TOLERANCE[FORMATS[exported.format]][FULL[exported.format]]
+    with exported.open(FULL[exported.format]) as vlm:
+        for mode in MODES:
+            image = open_image(picture(90, 120).convert(mode))
+            wanted = exported.original._logits([image], "What is it?")
+            assert logit_error(vlm.logits([image], "What is it?"), wanted) <= allowed
+
+
+def test_every_family_is_here() -> None:
+    assert len(MODELS) == len(FAMILIES)
+    for format, engine in FORMATS.items():
+        assert TOLERANCE[engine].keys() == set(QUANTS[format])
+        assert np.all(np.diff(list(TOLERANCE[engine].values())) >= 0) or format == "onnx"
