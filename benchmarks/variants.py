@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from mpa_edge.bundle import MANIFEST, Bundle, read_bundle, sha256_of
+from mpa_edge.bundle import FULL_PRECISION, MANIFEST, read_bundle, sha256_of
 from mpa_edge.chat_address import is_address, parse_spec
 from mpa_edge.digests import digest_of_adapter, digest_of_folder
 from mpa_edge.errors import InputError
@@ -20,7 +20,6 @@ from mpa_edge.models import ADAPTER, base_of
 Step = Literal["teacher", "student", "aligned", "merged", "full", "quantized", "other"]
 STEPS: tuple[Step, ...] = ("teacher", "student", "aligned", "merged", "full", "quantized", "other")
 BASELINE_ROLES = ("teacher", "student", "aligned", "merged")
-FULL_PRECISION = frozenset(("f32", "fp32", "f16", "fp16", "bf16"))
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,7 @@ def bundle_of(spec: str) -> Variant:
     if spec.startswith(FAKE):
         return Variant("fake", spec, "full", "fake")
     bundle = read_bundle(Path(spec))
-    return Variant(bundle_name(bundle), spec, bundle_step(bundle.quantization), bundle.engine, bundle.quantization)
-
-
-def bundle_name(bundle: Bundle) -> str:
-    """As export names the folder: gguf-q8_0, onnx-int8."""
-    return f"{'gguf' if bundle.engine == 'llama.cpp' else 'onnx'}-{bundle.quantization}"
+    return Variant(bundle.short_name, spec, bundle_step(bundle.quantization), bundle.engine, bundle.quantization)
 
 
 def bundle_step(quantization: str) -> Step:

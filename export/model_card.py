@@ -18,7 +18,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpa_edge.export.merge import base_folder
 from mpa_edge.export.merged import Merged
 from mpa_edge.run_folder import RunFolder, read_run
 
@@ -148,7 +147,7 @@ def eval_result(scores: Scores, here: Row) -> EvalResult:
 
 def carried_of(merged: Merged) -> dict[str, Any]:
     """Licence and languages from the base's own card; nothing where it has none, or one that cannot be read."""
-    folder = base_folder(merged.run / "student") if merged.run else merged.folder
+    folder = merged.base or merged.folder
     for card in (folder / CARD, merged.folder / CARD):
         try:
             found = metadata_load(card) if card.is_file() else None

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpa_edge.errors import ExportError
-from mpa_edge.export.merge import base_folder
 from mpa_edge.export.merge_weights import weight_files
 from mpa_edge.export.merged import Merged
 from mpa_edge.export.model_card import CARD, model_card
@@ -110,7 +109,7 @@ def verify_folder(folder: Path, reference: Reference) -> dict[str, Any]:
 
 def _copy_licence(merged: Merged, folder: Path) -> None:
     """The licence texts of the base, which has to go with its weights."""
-    source = base_folder(merged.run / "student") if merged.run else merged.folder
+    source = merged.base or merged.folder
     for pattern in LICENCES:
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)

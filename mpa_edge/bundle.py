@@ -21,12 +21,13 @@ from mpa_edge.records import write_atomic
 MANIFEST = "bundle.json"
 
 Role = Literal[
-    "language_model",  # GGUF
+    "language_model",  # GGUF, OpenVINO
     "mmproj",  # GGUF
-    "vision_encoder",  # ONNX
-    "embed_tokens",  # ONNX
+    "vision_encoder",  # ONNX, OpenVINO
+    "vision_merger",  # OpenVINO: the second part of Qwen-VL's vision encoder
+    "embed_tokens",  # ONNX, OpenVINO
     "decoder",  # ONNX
-    "external_data",  # ONNX weights beside a graph
+    "external_data",  # weights beside a graph of ONNX or OpenVINO
     "tokenizer",
     "config",  # config.json, preprocessor_config.json and their like, for other tools
     "readme",
@@ -35,9 +36,13 @@ Role = Literal[
 NEEDED: dict[str, tuple[Role, ...]] = {
     "llama.cpp": ("language_model", "mmproj", "tokenizer"),
     "onnxruntime": ("vision_encoder", "embed_tokens", "decoder", "tokenizer"),
-    "openvino": ("tokenizer",),
+    "openvino": ("language_model", "vision_encoder", "embed_tokens", "tokenizer"),
 }
+# How folders and reports call an engine's bundles.
+FORMATS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "openvino": "openvino"}
 SCHEMA_VERSION: Final = 2
+# Bundles of these show what conversion costs, all others what quantization costs.
+FULL_PRECISION = frozenset(("f32", "fp32", "f16", "fp16", "bf16"))
 # A relative path with "/" between its parts, in normal form: no part is empty, "." or "..", none holds a backslash, a
 # drive's colon or a control character.
 _PART = r"(?!\.{1,2}(?:/|$))[^/\\:\x00-\x1f\x7f]+"
@@ -184,6 +189,11 @@ class Bundle(Strict):
         if twice := [file.path for file in self.files if paths[file.path.casefold()] > 1]:
             raise ValueError(f"files: {twice[0]!r} is named more than once")
         return self
+
+    @property
+    def short_name(self) -> str:
+        """As export names the folder: gguf-q8_0, onnx-int8."""
+        return f"{FORMATS[self.engine]}-{self.quantization}"
 
     def path_of(self, folder: Path, role: Role) -> Path:
         """The path of the one file with this role; `BundleError` when there is none."""
