@@ -40,6 +40,7 @@ def merge(trained: Path, out: Path, *, longest_edge: int | None = None) -> dict[
     """
     base = base_folder(trained)
     refuse_quantized(base)
+    check_files(base)
     probe, model = probe_of(base), load_model(base)
     names, base_logits = names_on_disk(base, model), logits_of(model, probe)
     student: Trained = WholeModel(trained) if (trained / WHOLE).is_file() else AdaptedModel(model, trained)
@@ -51,7 +52,7 @@ def merge(trained: Path, out: Path, *, longest_edge: int | None = None) -> dict[
     del model, student
     return {
         **check_tensors(base, out, changed),
-        **check_logits(out, probe, base_logits, trained_logits),
+        **check_logits(out, probe, base_logits, trained_logits, changed.values()),
         **check_files(out),
     }
 
@@ -114,7 +115,7 @@ def _like(before: torch.Tensor, after: torch.Tensor, name: str) -> torch.Tensor:
         raise ExportError(f"{name} is stored as {before.dtype}; name the 16 or 32 bit checkpoint it was made from")
     if after.shape != before.shape:
         raise ExportError(f"{name} has the shape {tuple(after.shape)} after training, {tuple(before.shape)} before")
-    return after.to(before.dtype).contiguous()
+    return after.to(before.dtype, copy=True).contiguous()
 
 
 def _write_config(base: Path, out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,16 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def load_model(folder: Path) -> Any:
     """The model with its weights as they are stored, mapped from the files: they take no memory of the process.
 
-    Raises `ExportError` where the files lack weights that the model has; transformers would draw them at random.
+    Raises `ExportError` where it cannot be loaded, and where the files lack weights that the model has; transformers
+    would draw them at random.
     """
-    model, found = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=stored_dtype(folder), use_safetensors=True, output_loading_info=True
-    )
+    dtype = stored_dtype(folder)
+    try:
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises whatever it trips over
+        raise ExportError(f"{folder} cannot be loaded: {error}") from error
     if absent := sorted(found["missing_keys"]):
         raise ExportError(f"{folder} lacks {len(absent)} tensors of its model, {absent[0]} first")
     return model.eval()
@@ -83,31 +88,43 @@ def names_on_disk(folder: Path, model: Any) -> dict[str, str]:
 
 
 @contextmanager
-def in_float32(model: Any) -> Iterator[None]:
+def in_float32(model: Any, rounded: Collection[str] = ()) -> Iterator[None]:
     """Let a model whose weights are in 16 bit compute in float32: each weight is widened when a layer asks for it, and
-    the wide one is dropped right after, so that there is never a second model in memory."""
-    narrow = [
-        (module, name)
-        for module in model.modules()
+    the wide one is dropped right after, so that there is never a second model in memory.
+
+    `rounded` weights get a random error as large as that of rounding them to their type.
+    """
+    narrow = {
+        f"{path}.{name}": (module, name, weight.dtype)
+        for path, module in model.named_modules()
         for name, weight in module.named_parameters(recurse=False)
         if weight.is_floating_point() and weight.dtype != torch.float32
-    ]
-    for module, name in narrow:
-        parametrize.register_parametrization(module, name, _Wide(), unsafe=True)
+    }
+    for path, (module, name, dtype) in narrow.items():
+        error = torch.finfo(dtype).eps if path in rounded else 0.0
+        parametrize.register_parametrization(module, name, _Wide(error), unsafe=True)
     # Some models cast pictures to the type of their weights.
-    hooks = [module.register_forward_pre_hook(_widen) for module in {module for module, _ in narrow}]
+    hooks = [module.register_forward_pre_hook(_widen) for module in {module for module, _, _ in narrow.values()}]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, name in narrow:
+        for module, name, _ in narrow.values():
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
 class _Wide(nn.Module):
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = error
+
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.float()
+        wide = weight.float()
+        if self.error:
+            noise = torch.rand(wide.shape, generator=torch.Generator().manual_seed(0))
+            wide *= noise.sub_(0.5).mul_(self.error).add_(1)
+        return wide
 
 
 def _widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
