@@ -39,11 +39,16 @@ def class_token_first(mmproj: Path) -> Any | None:
         rows = np.empty((_rows(tensor), row.size), np.float32)
         if rows.nbytes == _bytes(tensor):
             _copy(libggml.ggml_backend_tensor_get, tensor, rows)
-            if np.array_equal(rows[-1], row):
-                _copy(libggml.ggml_backend_tensor_set, tensor, np.roll(rows, 1, axis=0))
+            if (turned := in_order(rows, row)) is not rows:
+                _copy(libggml.ggml_backend_tensor_set, tensor, turned)
         return True
 
     return llama.ggml_backend_sched_eval_callback(evaluated)
+
+
+def in_order(rows: np.ndarray[Any, Any], class_token: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The rows with the class token first; the very same array where it is not last."""
+    return np.roll(rows, 1, axis=0) if np.array_equal(rows[-1], class_token) else rows
 
 
 def _class_token(mmproj: Path) -> np.ndarray[Any, Any] | None:

@@ -24,6 +24,8 @@ from mpa_edge.runtime.families import Cut, Tiles, family_of_bundle
 try:
     import llama_cpp.llama_cpp as llama
     import llama_cpp.mtmd_cpp as mtmd
+
+    from mpa_edge.runtime.class_token import class_token_first
 except (ImportError, OSError, AttributeError) as error:  # also a fork, or a build without multimodal support
     raise MissingExtra("llama-cpp-python with multimodal support", "gguf") from error
 
@@ -61,7 +63,10 @@ class LlamaCpp:
         try:
             self._model = _load_model(language_model)
             self._context = _new_context(self._model, language_model, bundle.prompt.context_length, threads)
-            self._mtmd = _load_mmproj(mmproj, self._model, self._family.tile_tokens(self._image), threads)
+            # Kept alive: llama.cpp calls it whenever it encodes.
+            self._in_order = class_token_first(mmproj) if self._family.name == "llava" else None
+            tile_tokens = self._family.tile_tokens(self._image)
+            self._mtmd = _load_mmproj(mmproj, self._model, tile_tokens, threads, self._in_order)
         except BaseException:
             self.close()
             raise
@@ -249,7 +254,7 @@ def _new_context(model: Any, path: Path, context_length: int, threads: int) -> A
     return context
 
 
-def _load_mmproj(path: Path, model: Any, tile_tokens: tuple[int, int], threads: int) -> Any:
+def _load_mmproj(path: Path, model: Any, tile_tokens: tuple[int, int], threads: int, evaluated: Any | None) -> Any:
     params = mtmd.mtmd_context_params_default()
     params.use_gpu = True
     params.print_timings = False
@@ -258,6 +263,8 @@ def _load_mmproj(path: Path, model: Any, tile_tokens: tuple[int, int], threads: 
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     # A budget of one tile: mtmd would else scale each tile to sizes of its own and cut it again.
     params.image_min_tokens, params.image_max_tokens = tile_tokens
+    if evaluated is not None:
+        params.cb_eval = evaluated
     context = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
     if not context:
         raise BundleError(f"{path}: llama.cpp cannot load it beside the language model")
