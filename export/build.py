@@ -180,7 +180,7 @@ def _verify_and_place(bundle: Bundle, folder: Path, target: Path, reference: Any
     with open_bundle(folder, bundle) as vlm:
         checks = {**bundle.checks, "verify": verify(vlm, reference), selfcheck.NAME: selfcheck.record(vlm)}
     (folder / "README.md").write_text(_readme(bundle))
-    files = (*bundle.files, describe_file(folder, "README.md", "readme"))
+    files = (*bundle.files, describe_file(folder, "README.md", "readme"), *_for_others(folder, bundle))
     write_bundle(folder, bundle.model_copy(update={"checks": checks, "files": files}))
     workshop.place(folder, target)
     return target
@@ -216,11 +216,18 @@ class _Settings:
 
 
 def _readme(bundle: Bundle) -> str:
-    lines = [f"# {bundle.name}", "", f"Made by mpa-edge {bundle.source.tool_version} from {bundle.source.student}.", ""]
-    lines += ['    mpa-edge ask . photo.jpg "What does the sign say?"']
+    head = f"# {bundle.name}\n\nMade by mpa-edge {bundle.source.tool_version} from {bundle.source.student}.\n\n"
     if bundle.engine == "llama.cpp":
-        model, mmproj = (next(f.path for f in bundle.files if f.role == role) for role in ("language_model", "mmproj"))
-        lines += [
-            f'    llama-mtmd-cli -m {model} --mmproj {mmproj} --image photo.jpg --temp 0 -p "What does the sign say?"'
-        ]
-    return "\n".join(lines) + "\n"
+        from mpa_edge.export.gguf_readme import gguf_commands
+
+        return head + gguf_commands(bundle)
+    return head + '    mpa-edge ask . photo.jpg "What does the sign say?"\n'
+
+
+def _for_others(folder: Path, bundle: Bundle) -> list[File]:
+    """Files that other programs want beside the engine's own."""
+    if bundle.engine != "llama.cpp":
+        return []
+    from mpa_edge.export.gguf_readme import write_modelfile
+
+    return [write_modelfile(folder, bundle)]

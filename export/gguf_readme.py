@@ -1,0 +1,114 @@
+"""What stands beside a GGUF pair for people and for other programs: the commands, and a Modelfile for Ollama."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mpa_edge.bundle import Bundle, File, QwenVlImages, describe_file
+
+MODELFILE = "Modelfile"
+# Ollama and others reserve memory for the whole context; a picture and its question need a part of it.
+CONTEXT = 8192
+QUESTION = "What does the sign say?"
+SLOT = "\ue000"
+
+
+def write_modelfile(folder: Path, bundle: Bundle) -> File:
+    """Write the `Modelfile` beside the pair, from `tokenizer.json` there; returns the manifest's entry."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stops = [tokenizer.id_to_token(token) for token in bundle.prompt.stop_token_ids]
+    before, after = _around_question(bundle)
+    model, mmproj = _pair(bundle)
+    lines = [
+        f"FROM ./{model}",
+        f"FROM ./{mmproj}",
+        f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}"""',
+        "PARAMETER temperature 0",
+        f"PARAMETER num_ctx {_context(bundle)}",
+        f"PARAMETER num_predict {bundle.prompt.max_new_tokens}",
+        *(f'PARAMETER stop "{stop}"' for stop in stops),
+    ]
+    (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return describe_file(folder, MODELFILE, "config")
+
+
+def gguf_commands(bundle: Bundle) -> str:
+    """The part of a GGUF bundle's README that says how to run it, in Markdown."""
+    model, mmproj = _pair(bundle)
+    asked = bundle.prompt.question_template.replace("{question}", QUESTION).replace("\n", "\\n")
+    # Sizes of pictures are read from the file or else llama.cpp's own; these are the training's.
+    sizes = "".join(f" {flag} {tokens}" for flag, tokens in _picture_flags(bundle).items())
+    common = f"-m {model} --mmproj {mmproj} --jinja --temp 0 -n {bundle.prompt.max_new_tokens} -c {_context(bundle)}"
+    wording = "" if asked == QUESTION else " The model was trained with this wording around the question."
+    return f"""\
+Run these in this folder. Pictures and tokens reach the model exactly as in training here:
+
+    mpa-edge ask . photo.jpg "{QUESTION}"
+    mpa-edge serve .
+
+Other programs scale and cut pictures in their own way, so that answers may differ.{wording}
+
+llama.cpp, one question:
+
+    llama-mtmd-cli {common}{sizes} --image photo.jpg -p "{asked}"
+
+llama.cpp, a server with OpenAI's API and a page at http://127.0.0.1:8080:
+
+    llama-server {common}{sizes} --port 8080
+
+LM Studio looks for both files in one folder of its own; choose the model in the app and set the temperature to 0:
+
+    mkdir -p ~/.lmstudio/models/mpa-edge/{bundle.name} && cp *.gguf ~/.lmstudio/models/mpa-edge/{bundle.name}/
+
+Ollama takes both files by the Modelfile, which holds the prompt of one picture and one question:
+
+    ollama create {_ollama_name(bundle)} -f {MODELFILE}
+    ollama run {_ollama_name(bundle)} "{QUESTION} ./photo.jpg"
+{_note(bundle)}"""
+
+
+def _pair(bundle: Bundle) -> tuple[str, str]:
+    paths = {file.role: file.path for file in bundle.files}
+    return paths["language_model"], paths["mmproj"]
+
+
+def _context(bundle: Bundle) -> int:
+    return min(bundle.prompt.context_length, CONTEXT)
+
+
+def _around_question(bundle: Bundle) -> tuple[str, str]:
+    """The prompt before and after the question, without what stands for the picture: programs put that in themselves,
+    with the marks around it, right before the question."""
+    text = bundle.prompt.question_template.replace("{question}", SLOT)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    template = bundle.prompt.chat_template
+    rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
+    marks = rf"(<\|vision_start\|>)?{re.escape(bundle.prompt.image_token)}(<\|vision_end\|>)?\s*"
+    before, _, after = re.sub(marks, "", rendered[0]).partition(SLOT)
+    return before, after
+
+
+def _picture_flags(bundle: Bundle) -> dict[str, int]:
+    """llama.cpp's flags for pictures of dynamic size, in image tokens."""
+    images = bundle.image
+    if not isinstance(images, QwenVlImages):
+        return {}
+    token = (images.patch_size * images.merge_size) ** 2
+    return {"--image-min-tokens": -(-images.min_pixels // token), "--image-max-tokens": images.max_pixels // token}
+
+
+def _ollama_name(bundle: Bundle) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", bundle.name.lower()).strip("-.") or "model"
+
+
+def _note(bundle: Bundle) -> str:
+    if bundle.family != "llava":
+        return ""
+    return """
+llama.cpp shifts the patches of CLIP towers by one (ggml-org/llama.cpp#25814), and so does every program that builds on
+it; mpa-edge corrects that as it runs. SigLIP towers are not affected.
+"""
