@@ -24,6 +24,7 @@ from mpa_edge.benchmarks.display import on_terminal
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.measure import Measured, Say, measure
 from mpa_edge.benchmarks.report import write_report
+from mpa_edge.benchmarks.roads import roads_of
 from mpa_edge.benchmarks.sample import Item, items_of, latency_set
 from mpa_edge.benchmarks.score import Scored, compare, first, gap_closed, score
 from mpa_edge.benchmarks.variants import Variant, size_bytes, variants_of
@@ -154,6 +155,7 @@ def report_of(
         "host": machine,
         "variants": entries,
         "comparisons": comparisons,
+        "roads": roads_of(variants),
         "gap_closed": gap_closed(entries, first(entries, "aligned", "merged", "full", "quantized")),
         "verdict": verdict(entries, comparisons),
     }

@@ -59,6 +59,7 @@ def render_html(report: Report, cases: Gallery) -> str:
         variants=entries,
         by_name={entry["name"]: entry for entry in entries},
         road=road_rows(report, entries),
+        roads=[(road, made_rows(road)) for road in report["roads"]],
         scatter=scatter(entries),
         phases=phase_rows(entries),
         kinds=kind_groups(report),
@@ -139,12 +140,29 @@ def road_rows(report: Report, entries: Sequence[dict[str, Any]]) -> list[dict[st
         found = next(
             (one for one in report["comparisons"] if one["against"] == "road" and one["b"] == entry["name"]), None
         )
-        effect = None
-        if found:
-            low, high = found["ci95"]
-            effect = "gain" if low > 0 else "loss" if high < 0 else "same"
-        rows.append({"entry": entry, "step": found, "effect": effect})
+        rows.append({"entry": entry, "step": found, "effect": effect(found["ci95"] if found else None)})
     return rows
+
+
+def made_rows(road: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a road that export measured, with their colours, and what the step before them changed."""
+    tones = {"base": "student", "aligned": "aligned", "merged": "aligned", "gguf": "gguf", "onnx": "onnx"}
+    return [
+        {
+            **step,
+            "tone": tones.get(step["name"].partition("-")[0], "other"),
+            "effect": effect(step["delta_ci95"]),
+            "facts": f"{step['name']}: {percent(step['value'])} ({interval(step['ci95'])})",
+        }
+        for step in road["steps"]
+    ]
+
+
+def effect(ends: Sequence[float] | None) -> str | None:
+    """Whether the interval of a difference says gain or loss, or holds 0; None without one."""
+    if ends is None:
+        return None
+    return "gain" if ends[0] > 0 else "loss" if ends[1] < 0 else "same"
 
 
 def phase_rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

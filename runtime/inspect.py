@@ -67,9 +67,21 @@ def _identity(bundle: Bundle) -> list[str]:
     ]
     if agreement is not None:
         lines.append(f"verified: {agreement:.0%} of {verified.get('samples')} answers equal the merged model's")
+    lines += _road(bundle)
     lines += [f"  {file.role:16} {file.bytes / 1e6:9.2f} MB  {file.path}" for file in bundle.files]
     lines.append(f"sizes and checksums of all {len(bundle.files)} files are as the manifest says")
     return lines
+
+
+def _road(bundle: Bundle) -> list[str]:
+    """The accuracies that export measured from the base to this bundle; none where it had no labels."""
+    try:
+        road = bundle.checks["road"]
+        known = [step for step in road["steps"] if step["step"] != "quantized" or step["name"] == bundle.short_name]
+        steps = ", ".join(f"{step['name']} {step['value']:.1%}" for step in known)
+        return [f"{road['metric']} on {road['data']['n']:,} questions of {road['data']['name']}: {steps}"]
+    except (KeyError, TypeError, ValueError):
+        return []  # none, or of another version
 
 
 def _table(rows: list[Cost]) -> list[str]:

@@ -39,6 +39,28 @@ ROAD = (
 RIGHT = {"teacher": 0.9, "student": 0.4, "aligned": 0.7, "gguf-f16": 0.7, "gguf-q4_k_m": 0.6, EVIL: 0.65}
 
 
+# A road out of a manifest, whose writer is not to be trusted with names.
+STEP = {"name": EVIL, "step": "base", "value": 0.5, "ci95": [0.4, 0.6], "from": None, "delta": None, "delta_ci95": None}
+LOSS = {"value": 0.43, "from": EVIL, "delta": -0.07, "delta_ci95": [-0.09, -0.05]}
+MADE = {
+    "data": {"name": EVIL, "n": 1234, "sha256": ""},
+    "task": EVIL,
+    "metric": EVIL,
+    "steps": [
+        STEP,
+        STEP
+        | {
+            "name": "gguf-f16",
+            "step": "full",
+            "value": 0.43,
+            "from": EVIL,
+            "delta": -0.07,
+            "delta_ci95": [-0.09, -0.05],
+        },
+    ],
+}
+
+
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Questions:
     folder = tmp_path_factory.mktemp("pictures")
@@ -73,6 +95,7 @@ def make(questions: Questions, monkeypatch: pytest.MonkeyPatch, failing: str | N
     }
     config = BenchConfig(data="test.jsonl", baselines=["fake:"], name=EVIL)
     report, scored = report_of(config, task_named("reference"), questions, items, ROAD, found, host())
+    report["roads"] = [MADE]
     return report, render_html(report, gallery(items, scored, found))
 
 
@@ -145,6 +168,15 @@ def test_the_page_says_what_was_found(questions: Questions, monkeypatch: pytest.
         "Method",
     ):
         assert heading in html
+
+
+def test_the_page_draws_what_export_measured(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, html = make(questions, monkeypatch)
+    part = html[html.index("As export measured it") :].partition("</section>")[0]
+    assert "1,234 questions" in part
+    assert "43.0%" in part
+    assert re.search(r'class="note loss">−7\.0 <span>from ', part)
+    assert part.count('class="whisker"') == 2
 
 
 def test_a_failed_variant_is_shown_as_failed(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:

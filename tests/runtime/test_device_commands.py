@@ -109,12 +109,17 @@ def test_costs_are_those_of_real_prompts(
 def test_inspect_tells_a_bundle_in_words(folder: Path) -> None:
     (folder / "note").write_text("x")
     bundle = read_bundle(folder)
-    checks = {"verify": {"token_agreement": 0.75, "samples": 4}}
+    steps = [("base", "base", 0.5), ("gguf-f16", "full", 0.75), ("gguf-q8_0", "quantized", 0.7)]
+    road = {"metric": "anls", "data": {"n": 1500, "name": "shelves"}}
+    road["steps"] = [{"name": name, "step": step, "value": value} for name, step, value in steps]
+    checks = {"verify": {"token_agreement": 0.75, "samples": 4}, "road": road}
     files = (*bundle.files, describe_file(folder, "note", "readme"))
     write_bundle(folder, bundle.model_copy(update={"checks": checks, "files": files}))
     told = CliRunner().invoke(app, ["inspect", str(folder)]).output
     for part in ("tiny-f16: idefics3, llama.cpp, f16", "75% of 4 answers", "<- trained with", "mmproj", "note"):
         assert part in told
+    assert "anls on 1,500 questions of shelves: base 50.0%, gguf-f16 75.0%\n" in told
+    assert "checksums of all 4 files" in told
 
 
 def test_doctor_tells_what_is_here() -> None:
