@@ -63,7 +63,7 @@ def reference_pair(folder: Path, *, pictures: int = 32, questions: int = 4) -> d
 def smolvlm_256m(folder: Path, *, pictures: int = 3, tokens: int = 16) -> dict[str, Any]:
     """Random weights of SmolVLM-256M's dimensions, as teacher and as student; they write `tokens` tokens when they
     annotate and a quarter of that when they answer."""
-    from mpa_edge.benchmarks.smolvlm_256m import write_random_smolvlm
+    from mpa_edge.benchmarks.smolvlm import write_random_smolvlm
     from mpa_edge.transformers_vlm import TransformersVlm
 
     teacher = TransformersVlm.load(str(write_random_smolvlm(folder / "model")), device="cpu")
