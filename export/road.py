@@ -146,11 +146,12 @@ def _transformers(step: Step, folder: Path, longest_edge: int | None = None, **i
 
 
 def _bundle(folder: Path, bundle: Bundle) -> Stop:
-    about = bundle.model_dump(mode="json", include={"engine", "files", "image", "prompt"})
+    about = bundle.model_dump(mode="json", include={"engine", "image", "prompt"})
+    digests = [file.sha256 for file in bundle.files if file.role not in ("config", "readme")]
     return Stop(
         bundle.short_name,
         "full" if bundle.quantization in FULL_PRECISION else "quantized",
-        {**about, "versions": installed(LIBRARIES[2:])},
+        {**about, "files": digests, "versions": installed(LIBRARIES[2:])},
         lambda: open_bundle(folder, bundle),
     )
 
