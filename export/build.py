@@ -17,6 +17,8 @@ from mpa_edge.errors import InputError, require
 from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.export.merged import Merged, open_source
 from mpa_edge.export.quants import Format, checked, checked_mmproj
+from mpa_edge.export.road import NAME as ROAD
+from mpa_edge.export.road import Road, missing_full_precision
 from mpa_edge.export.samples import run_questions, synthetic_questions
 from mpa_edge.export.steps import Steps
 from mpa_edge.export.workshop import Workshop
@@ -76,10 +78,11 @@ def export(
     with _no_progress_bars(), Steps(progress) as steps:
         merged = open_source(Path(source), out, steps)
         family_of(read_config(merged.folder))
+        road = Road(merged, options.data, limit=options.limit) if options.data else None
         with Workshop(merged.root) as workshop:
             if format == "hf":
-                return [_hf_folder(merged, workshop, samples, options, steps)]
-            return _build(merged, format, wanted, workshop, samples, options, steps)
+                return [_hf_folder(merged, road, workshop, samples, options, steps)]
+            return _bundles(_Job(merged, format, options), wanted, road, workshop, samples, steps)
 
 
 def _check_options(format: Format, quants: Sequence[str], options: Options) -> None:
@@ -111,69 +114,81 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _hf_folder(merged: Merged, workshop: Workshop, samples: int, options: Options, steps: Steps) -> Path:
+def _hf_folder(
+    merged: Merged, road: Road | None, workshop: Workshop, samples: int, options: Options, steps: Steps
+) -> Path:
     from mpa_edge.export.to_hf import to_hf
 
-    settings = _Settings(merged)
+    scored = road.checks(progress=steps) if road else None
     steps("ask the merged model")
-    reference = settings.reference(samples)
+    reference = _Settings(merged).reference(samples)
     steps("write and verify hf")
-    return to_hf(merged, merged.root / "hf", reference, workshop, repo=options.repo)
+    return to_hf(merged, merged.root / "hf", reference, workshop, road=scored, repo=options.repo)
 
 
-def _build(
-    merged: Merged,
-    format: Format,
-    quants: list[str],
-    workshop: Workshop,
-    samples: int,
-    options: Options,
-    steps: Steps,
+def _bundles(
+    job: _Job, quants: list[str], road: Road | None, workshop: Workshop, samples: int, steps: Steps
 ) -> list[Path]:
-    settings = _Settings(merged)
-    folders = {quant: workshop.folder(f"{format}-{quant}") for quant in quants}
-    steps(f"convert to {format}")
-    made = _convert(merged, format, folders, workshop, options)
+    """Make, verify and place one bundle after the other; then score the road, where there is one, and note it down."""
+    wanted = [*quants, *(missing_full_precision(job.format, quants) if road else [])]
+    folders = {quant: workshop.folder(f"{job.format}-{quant}") for quant in wanted}
+    steps(f"convert to {job.format}")
+    made = {quant: job.bundle(quant, *given) for quant, given in job.convert(folders, workshop).items()}
     steps("ask the merged model")
-    reference = settings.reference(samples)
-    placed = []
-    for quant, (files, checks) in made.items():
-        steps(f"verify {format}-{quant}")
-        bundle = Bundle(
-            name=f"{merged.name}-{format}-{quant}",
-            family=settings.family,
-            engine=ENGINES[format],
+    reference = job.settings.reference(samples)
+    placed: list[tuple[Path, Bundle]] = []
+    for quant in quants:
+        steps(f"verify {job.format}-{quant}")
+        target = job.merged.root / f"{job.format}-{quant}"
+        placed.append((target, _verify_and_place(made[quant], folders[quant], target, reference, workshop)))
+    if road:
+        besides = [(folders[quant], made[quant]) for quant in wanted if quant not in quants]
+        scored = road.checks([*placed, *besides], steps)
+        for folder, bundle in placed:
+            write_bundle(folder, bundle.model_copy(update={"checks": {**bundle.checks, ROAD: scored}}))
+    return [folder for folder, _ in placed]
+
+
+class _Job:
+    """One model on its way to one format."""
+
+    def __init__(self, merged: Merged, format: Format, options: Options) -> None:
+        self.merged, self.format, self.settings = merged, format, _Settings(merged)
+        self._options = options
+
+    def bundle(self, quant: str, files: Sequence[File], checks: dict[str, Any]) -> Bundle:
+        return Bundle(
+            name=f"{self.merged.name}-{self.format}-{quant}",
+            family=self.settings.family,
+            engine=ENGINES[self.format],
             quantization=quant,
             files=tuple(files),
-            image=settings.image,
-            prompt=settings.prompt,
-            source=merged.provenance,
-            checks={"merge": merged.checks, format: checks},
+            image=self.settings.image,
+            prompt=self.settings.prompt,
+            source=self.merged.provenance,
+            checks={"merge": self.merged.checks, self.format: checks},
         )
-        placed.append(_verify_and_place(bundle, folders[quant], merged.root / f"{format}-{quant}", reference, workshop))
-    return placed
+
+    def convert(self, folders: dict[str, Path], workshop: Workshop) -> dict[str, tuple[list[File], dict[str, Any]]]:
+        """Write the engine's files of every quantization into its folder."""
+        for folder in folders.values():
+            folder.mkdir()
+        merged, options = self.merged, self._options
+        if self.format == "gguf":
+            from mpa_edge.export.to_gguf import to_gguf
+
+            return to_gguf(merged.folder, folders, merged.names, mmproj=options.mmproj, base=merged.base)
+        from mpa_edge.export.to_onnx import to_onnx
+
+        graphs = workshop.folder("graphs")
+        graphs.mkdir()
+        return {
+            quant: to_onnx(merged.folder, folder, quant, quantize_vision=options.quantize_vision, graphs=graphs)
+            for quant, folder in folders.items()
+        }
 
 
-def _convert(
-    merged: Merged, format: Format, folders: dict[str, Path], workshop: Workshop, options: Options
-) -> dict[str, tuple[list[File], dict[str, Any]]]:
-    for folder in folders.values():
-        folder.mkdir()
-    if format == "gguf":
-        from mpa_edge.export.to_gguf import to_gguf
-
-        return to_gguf(merged.folder, folders, merged.names, mmproj=options.mmproj, base=merged.base)
-    from mpa_edge.export.to_onnx import to_onnx
-
-    graphs = workshop.folder("graphs")
-    graphs.mkdir()
-    return {
-        quant: to_onnx(merged.folder, folder, quant, quantize_vision=options.quantize_vision, graphs=graphs)
-        for quant, folder in folders.items()
-    }
-
-
-def _verify_and_place(bundle: Bundle, folder: Path, target: Path, reference: Any, workshop: Workshop) -> Path:
+def _verify_and_place(bundle: Bundle, folder: Path, target: Path, reference: Any, workshop: Workshop) -> Bundle:
     from mpa_edge.export.verify import verify
     from mpa_edge.runtime import selfcheck
 
@@ -181,9 +196,10 @@ def _verify_and_place(bundle: Bundle, folder: Path, target: Path, reference: Any
         checks = {**bundle.checks, "verify": verify(vlm, reference), selfcheck.NAME: selfcheck.record(vlm)}
     (folder / "README.md").write_text(_readme(bundle))
     files = (*bundle.files, describe_file(folder, "README.md", "readme"), *_for_others(folder, bundle))
-    write_bundle(folder, bundle.model_copy(update={"checks": checks, "files": files}))
+    whole = bundle.model_copy(update={"checks": checks, "files": files})
+    write_bundle(folder, whole)
     workshop.place(folder, target)
-    return target
+    return whole
 
 
 class _Settings:

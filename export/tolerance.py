@@ -25,11 +25,11 @@ TOLERANCE: dict[str, dict[str, float]] = {
         "q4_0": 0.5,
     },
     "onnxruntime": {
-        "fp32": 1e-4,
+        "fp32": 5e-5,
         "fp16": 0.02,
-        "int8": 0.06,
-        "q4": 0.6,
-        "q4f16": 0.6,
+        "int8": 0.05,
+        "q4": 0.5,
+        "q4f16": 0.5,
     },
 }
 

@@ -57,7 +57,7 @@ def test_bundles_are_where_and_what_they_should_be(run: Path, bundles: list[Path
     assert bundles == [run / "bundles" / "gguf-f16", run / "bundles" / "gguf-q8_0"]
     for folder in bundles:
         bundle = read_bundle(folder, check_digests=True)
-        assert {file.role for file in bundle.files} == {"language_model", "mmproj", "tokenizer", "readme"}
+        assert {file.role for file in bundle.files} == {"language_model", "mmproj", "tokenizer", "readme", "config"}
         assert {file.path for file in bundle.files} | {MANIFEST} == {path.name for path in folder.iterdir()}
 
 
