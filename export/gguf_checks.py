@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 
 from mpa_edge.errors import ExportError
+from mpa_edge.export.gguf_reader import Reader
 
 _K = {"Q4_K", "Q5_K", "Q6_K"}
 # The types that llama.cpp mixes for a quantization where every tensor has the shape for it.
@@ -23,10 +24,9 @@ def check_types(file: Path, quant: str) -> dict[str, Any]:
     """How many tensors have which type, and which ones could not get the quantization's own.
 
     A k-quant takes rows of multiples of 256 values, the others multiples of 32; llama.cpp keeps the rest in larger
-    types. Raises `ExportError` where a weight is no finite number: f16 ends at 65504.
+    types.
     """
-    tensors = gguf.GGUFReader(file).tensors
-    _refuse_infinite(file, tensors, "take bf16 or a quantization")
+    tensors = Reader(file).tensors
     fallbacks = {
         tensor.name: tensor.tensor_type.name
         for tensor in tensors
@@ -37,7 +37,7 @@ def check_types(file: Path, quant: str) -> dict[str, Any]:
 
 def check_fit(model: Path, projector: Path) -> None:
     """Raise `ExportError` where the mmproj's features do not have the length of the language model's embeddings."""
-    text, vision = gguf.GGUFReader(model).fields, gguf.GGUFReader(projector).fields
+    text, vision = Reader(model).fields, gguf.GGUFReader(projector).fields
     architecture = text["general.architecture"].contents()
     length = text[f"{architecture}.embedding_length"].contents()
     features = vision["clip.vision.projection_dim"].contents()
@@ -50,24 +50,19 @@ def check_projector(own: Path, base: Path | None) -> dict[str, Any]:
 
     A fine-tune that answers nonsense with its own mmproj and sense with its base's has lost or damaged its vision
     weights on the way. `vision` is "equal to the base's", "differs from the base's" with the tensors by name, or "not
-    compared". Raises `ExportError` where a weight is no finite number.
+    compared". Raises `ExportError` where a weight is no finite number, f16 ends at 65504: such files answer nonsense.
     """
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(own).tensors}
-    _refuse_infinite(own, list(tensors.values()), "take --mmproj q8_0")
+    tensors = {tensor.name: tensor for tensor in Reader(own).tensors}
+    for name, tensor in tensors.items():
+        if tensor.tensor_type.name in ("F16", "F32") and not np.isfinite(tensor.data).all():
+            kind = tensor.tensor_type.name
+            raise ExportError(f"mmproj: {name} holds NaN, or values beyond {kind}; --mmproj q8_0 takes larger ones")
     if base is None:
         return {"vision": "not compared", "tensors": len(tensors)}
-    others = {tensor.name: tensor for tensor in gguf.GGUFReader(base).tensors}
+    others = {tensor.name: tensor for tensor in Reader(base).tensors}
     if tensors.keys() != others.keys():
         names = ", ".join(sorted(tensors.keys() ^ others.keys())[:4])
         raise ExportError(f"the mmproj and the base model's do not have the same tensors: {names}")
     changed = [name for name in tensors if not np.array_equal(tensors[name].data, others[name].data)]
     verdict = "differs from the base's" if changed else "equal to the base's"
     return {"vision": verdict, "tensors": len(tensors), "changed": changed}
-
-
-def _refuse_infinite(file: Path, tensors: list[Any], cure: str) -> None:
-    for tensor in tensors:
-        if tensor.tensor_type.name in ("F16", "F32") and not np.isfinite(tensor.data).all():
-            raise ExportError(
-                f"{file.name}: {tensor.name} holds NaN, or more than {tensor.tensor_type.name} can; {cure}"
-            )

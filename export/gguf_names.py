@@ -10,6 +10,7 @@ import gguf
 import torch
 from safetensors import safe_open
 
+from mpa_edge.export.gguf_reader import Reader
 from mpa_edge.export.merged import Names
 
 
@@ -45,7 +46,7 @@ def _size_label(merged: Path) -> str:
 
 def file_stem(full: Path) -> str:
     """`<Base>-<Size>-<Finetune>`, ASCII: some programs cannot open other names."""
-    fields = gguf.GGUFReader(full).fields
+    fields = Reader(full).fields
     parts = [
         str(fields[key].contents()) for key in ("general.basename", "general.size_label", "general.finetune")
         if key in fields

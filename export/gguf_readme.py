@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -54,7 +55,7 @@ Other programs scale and cut pictures in their own way, so that answers may diff
 
 llama.cpp, one question:
 
-    llama-mtmd-cli {common}{sizes} --image photo.jpg -p "{asked}"
+    llama-mtmd-cli {common}{sizes} --image photo.jpg -p {shlex.quote(asked)}
 
 llama.cpp, a server with OpenAI's API and a page at http://127.0.0.1:8080:
 
@@ -62,12 +63,12 @@ llama.cpp, a server with OpenAI's API and a page at http://127.0.0.1:8080:
 
 LM Studio looks for both files in one folder of its own; choose the model in the app and set the temperature to 0:
 
-    mkdir -p ~/.lmstudio/models/mpa-edge/{bundle.name} && cp *.gguf ~/.lmstudio/models/mpa-edge/{bundle.name}/
+    mkdir -p ~/.lmstudio/models/mpa-edge/{_slug(bundle)} && cp *.gguf ~/.lmstudio/models/mpa-edge/{_slug(bundle)}/
 
 Ollama takes both files by the Modelfile, which holds the prompt of one picture and one question:
 
-    ollama create {_ollama_name(bundle)} -f {MODELFILE}
-    ollama run {_ollama_name(bundle)} "{QUESTION} ./photo.jpg"
+    ollama create {_slug(bundle)} -f {MODELFILE}
+    ollama run {_slug(bundle)} "{QUESTION} ./photo.jpg"
 {_note(bundle)}"""
 
 
@@ -101,7 +102,7 @@ def _picture_flags(bundle: Bundle) -> dict[str, int]:
     return {"--image-min-tokens": -(-images.min_pixels // token), "--image-max-tokens": images.max_pixels // token}
 
 
-def _ollama_name(bundle: Bundle) -> str:
+def _slug(bundle: Bundle) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", bundle.name.lower()).strip("-.") or "model"
 
 

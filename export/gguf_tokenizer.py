@@ -14,6 +14,7 @@ import llama_cpp.llama_cpp as llama
 from transformers import AutoTokenizer
 
 from mpa_edge.errors import ExportError
+from mpa_edge.export.gguf_reader import Reader
 from mpa_edge.runtime import llamacpp
 
 # What llama.cpp's multimodal part looks up by its text, by model type; it fails inside `llama_decode` where one is
@@ -97,6 +98,9 @@ def sentence_pieces(tokenizer: Mapping[str, Any], size: int) -> Pieces | None:
         return None
     if model.get("ignore_merges"):
         raise ExportError("the tokenizer joins bytes and ignores merges; llama.cpp knows no such vocabulary")
+    largest = max([*model["vocab"].values(), *(added["id"] for added in tokenizer["added_tokens"])])
+    if largest >= size:
+        raise ExportError(f"the tokenizer has a token {largest}, beyond the model's vocab_size of {size}")
     texts = [f"[PAD{place}]" for place in range(size)]
     kinds = [int(gguf.TokenType.UNUSED)] * size
     scores = [-1e6] * size
@@ -146,7 +150,7 @@ def check_tokenizer(full: Path, merged: Path) -> dict[str, Any]:
         equal = [_tokens(vocabulary, text) == tokenizer.encode(text, add_special_tokens=False) for text in SAMPLE_TEXTS]
     finally:
         llama.llama_model_free(model)
-    pre = gguf.GGUFReader(full).fields["tokenizer.ggml.pre"].contents()
+    pre = Reader(full).fields["tokenizer.ggml.pre"].contents()
     return {"pre_tokenizer": pre, "tokenizer_agreement": sum(equal) / len(equal)}
 
 

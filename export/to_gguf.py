@@ -25,6 +25,7 @@ from mpa_edge.bundle import File, describe_file
 from mpa_edge.errors import ExportError
 from mpa_edge.export.gguf_checks import check_fit, check_projector, check_types
 from mpa_edge.export.gguf_names import file_stem, full_name, metadata_of
+from mpa_edge.export.gguf_reader import Reader
 from mpa_edge.export.gguf_tokenizer import check_pieces, check_tokenizer, pre_tokenizer_name, sentence_pieces
 from mpa_edge.export.gguf_vision import vision_converter
 from mpa_edge.export.merged import Names
@@ -201,7 +202,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _quantize(full: Path, out: Path, quant: str) -> None:
-    if GGUF[quant] == gguf.GGUFReader(full).fields["general.file_type"].contents():
+    if GGUF[quant] == Reader(full).fields["general.file_type"].contents():
         shutil.copyfile(full, out)
         return
     llamacpp.silence()
@@ -209,4 +210,7 @@ def _quantize(full: Path, out: Path, quant: str) -> None:
     params.ftype = GGUF[quant]
     params.nthread = os.cpu_count() or 1
     if llama.llama_model_quantize(os.fsencode(full), os.fsencode(out), ctypes.byref(params)) != 0:
-        raise ExportError(f"llama.cpp could not quantize the model to {quant}; is the disk full?")
+        raise ExportError(
+            f"llama.cpp could not quantize the model to {quant}: the disk is full, or a weight is NaN or larger than "
+            f"{quant} can hold; bf16 holds as much as f32"
+        )

@@ -134,6 +134,7 @@ def test_pre_tokenizers_are_known_by_their_structure() -> None:
     assert pre_tokenizer_name(state_of(sequence([digits, byte_level]))) == "smollm"
     assert pre_tokenizer_name(state_of(sequence([split, raw]))) == "llama-bpe"
     assert pre_tokenizer_name(state_of(sequence([qwen, raw]))) == "qwen2"
+    assert pre_tokenizer_name(state_of(sequence([qwen, raw]), normalizer=normalizers.NFC())) == "qwen2"
 
 
 def test_other_pre_tokenizers_are_not_guessed() -> None:
