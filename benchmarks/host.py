@@ -68,20 +68,27 @@ def system_name() -> str:
 
 def watch_others() -> Callable[[], float | None]:
     """Call it before a measurement, and what it returns after: the share of all cores' time that others used meanwhile.
+    Processes that we started and that have ended are not others.
 
     Not the load average, which also counts ourselves, and what was a minute ago. None where the system does not tell.
     """
-    cores, own = core_times(), time.process_time()
+    cores, own = core_times(), _own_time()
 
     def share() -> float | None:
         now = core_times()
         if cores is None or now is None or now[1] <= cores[1]:
             return None
         used = (now[1] - cores[1]) - (now[0] - cores[0])
-        ours = (time.process_time() - own) * os.sysconf("SC_CLK_TCK")
+        ours = (_own_time() - own) * os.sysconf("SC_CLK_TCK")
         return round(min(1.0, max(0.0, (used - ours) / (now[1] - cores[1]))), 3)
 
     return share
+
+
+def _own_time() -> float:
+    """Seconds of CPU that this process took, and its children that have ended."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
 
 
 def core_times() -> tuple[int, int] | None:
@@ -98,17 +105,18 @@ def versions() -> dict[str, str]:
     return installed(PACKAGES)
 
 
+def resident_bytes() -> int | None:
+    """What this process holds in RAM now, mapped files included; None where the system does not tell."""
+    return _status("VmRSS")
+
+
 def peak_memory_bytes() -> int | None:
     """The most memory that this process ever held in RAM.
 
     Linux: VmHWM, since `ru_maxrss` there also remembers what the parent held before it started us.
     """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     try:
         import resource
 
@@ -116,3 +124,14 @@ def peak_memory_bytes() -> int | None:
     except ImportError:
         return None
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _status(name: str) -> int | None:
+    """A size of this process that Linux tells, in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
