@@ -26,14 +26,20 @@ from mpa_edge.processors import load_processor
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.vlm import Decoding
 
-ENGINES: dict[Format, Literal["llama.cpp", "onnxruntime", "openvino"]] = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
-# What a format needs, looked for before any work: all of it comes with the extra `export`.
+ENGINES: dict[Format, Literal["llama.cpp", "onnxruntime", "openvino"]] = {
+    "gguf": "llama.cpp",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+}
+# What a format needs, looked for before any work; it comes with the extra `export`, or with its own.
 TRAINING_SIDE = ("torch", "transformers", "peft", "safetensors")
 LIBRARIES: dict[Format, tuple[str, ...]] = {
     "gguf": (*TRAINING_SIDE, "gguf", "conversion", "llama_cpp"),
     "onnx": (*TRAINING_SIDE, "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"),
+    "openvino": (*TRAINING_SIDE, "openvino", "nncf"),
     "hf": TRAINING_SIDE,
 }
+EXTRAS: dict[Format, str] = {"openvino": "export-openvino"}
 SAMPLES = 48
 
 
@@ -74,7 +80,7 @@ def export(
     """
     wanted = checked(format, quants)
     _check_options(format, wanted, options)
-    require("export", LIBRARIES[format])
+    require(EXTRAS.get(format, "export"), LIBRARIES[format])
     with _no_progress_bars(), Steps(progress) as steps:
         merged = open_source(Path(source), out, steps)
         family_of(read_config(merged.folder))
@@ -178,10 +184,14 @@ class _Job:
             from mpa_edge.export.to_gguf import to_gguf
 
             return to_gguf(merged.folder, folders, merged.names, mmproj=options.mmproj, base=merged.base)
-        from mpa_edge.export.to_onnx import to_onnx
-
         graphs = workshop.folder("graphs")
         graphs.mkdir()
+        if self.format == "openvino":
+            from mpa_edge.export.to_openvino import to_openvino
+
+            return {quant: to_openvino(merged.folder, folders[quant], quant, graphs=graphs) for quant in folders}
+        from mpa_edge.export.to_onnx import to_onnx
+
         return {
             quant: to_onnx(merged.folder, folder, quant, quantize_vision=options.quantize_vision, graphs=graphs)
             for quant, folder in folders.items()

@@ -15,11 +15,12 @@ GGUF = {
 }  # fmt: skip
 MMPROJ = ("f16", "q8_0")
 ONNX = ("fp32", "fp16", "int8", "q4", "q4f16")
+OPENVINO = ("fp32", "fp16", "int8", "int4")
 
 # By format; a Hugging Face folder keeps the weights' own type.
-QUANTS: dict[Format, tuple[str, ...]] = {"gguf": tuple(GGUF), "onnx": ONNX, "hf": ()}
+QUANTS: dict[Format, tuple[str, ...]] = {"gguf": tuple(GGUF), "onnx": ONNX, "openvino": OPENVINO, "hf": ()}
 # What is made where nothing is named: the smallest that loses next to nothing.
-DEFAULTS: dict[Format, tuple[str, ...]] = {"gguf": ("q8_0",), "onnx": ("int8",), "hf": ()}
+DEFAULTS: dict[Format, tuple[str, ...]] = {"gguf": ("q8_0",), "onnx": ("int8",), "openvino": ("int8",), "hf": ()}
 
 
 def checked(format: Format, quants: Sequence[str] | None) -> list[str]:

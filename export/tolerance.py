@@ -31,6 +31,12 @@ TOLERANCE: dict[str, dict[str, float]] = {
         "q4": 0.5,
         "q4f16": 0.5,
     },
+    "openvino": {
+        "fp32": 5e-5,
+        "fp16": 0.02,  # vision encoder and embedding too, as in all below
+        "int8": 0.05,
+        "int4": 0.5,
+    },
 }
 
 

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from pathlib import Path
 
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from mpa_edge.bundle import Bundle, read_bundle
-from mpa_edge.errors import BundleError, MissingExtra
+from mpa_edge.errors import BundleError, InputError, MissingExtra
 from mpa_edge.runtime.answering import AnswerStream
 from mpa_edge.runtime.bundle_vlm import CACHE_MB, BundleVlm
+from mpa_edge.runtime.families import family_of_bundle
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.look import View
 from mpa_edge.runtime.prompts import Turn
@@ -40,26 +43,62 @@ __all__ = [
 ]
 
 # Engine of the manifest -> our module, the library it stands on, its name on PyPI, and the extra that installs it.
-# Each module offers `open_engine(folder: Path, bundle: Bundle, threads: int) -> Engine`.
+# Each module offers `open_engine(folder: Path, bundle: Bundle, threads: int, device: str) -> Engine`.
 ENGINES = {
     "llama.cpp": ("mpa_edge.runtime.llamacpp", "llama_cpp", "llama-cpp-python", "gguf"),
     "onnxruntime": ("mpa_edge.runtime.onnx", "onnxruntime", "onnxruntime", "onnx"),
+    "openvino": ("mpa_edge.runtime.openvino", "mpa_edge.runtime.openvino_library", "openvino", "openvino"),
 }
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, cache_mb: int = CACHE_MB) -> BundleVlm:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    longest_edge: int | None = None,
+    cache_mb: int = CACHE_MB,
+) -> BundleVlm:
     """Open the bundle in a folder with the engine that its manifest names.
 
-    `threads` is for the engine; by default `OMP_NUM_THREADS`, or all cores that this process may use. `cache_mb` bounds
-    what is kept of recent pictures for further questions (see `BundleVlm`); 0 keeps nothing. Raises `BundleError`
-    for a damaged bundle and `MissingExtra` when the engine is not installed. Close the result, or use it in a `with`
-    statement.
+    `engine` only makes sure that it is this one. `device` is `cpu`, or an accelerator by the engine's name of it;
+    `auto` takes what is there. `threads` is for the CPU; by default `OMP_NUM_THREADS`, or all cores that this process
+    may use. `longest_edge` lets the model see pictures smaller, or larger, than in training: fewer image tokens are
+    faster, and a warning tells that accuracy is not that of the report. `cache_mb` bounds what is kept of recent
+    pictures for further questions (see `BundleVlm`); 0 keeps nothing.
+
+    Raises `BundleError` for a damaged bundle, `InputError` for an engine, device or size that cannot be, and
+    `MissingExtra` when the engine is not installed. Close the result, or use it in a `with` statement.
     """
     folder = Path(path)
-    return open_bundle(folder, read_bundle(folder), threads=threads, cache_mb=cache_mb)
+    bundle = read_bundle(folder)
+    if engine not in (None, bundle.engine):
+        raise InputError(f"{folder} is for {bundle.engine}, not for {engine}; export one for that engine")
+    if longest_edge is not None:
+        bundle = resized(bundle, longest_edge)
+    return open_bundle(folder, bundle, device=device, threads=threads, cache_mb=cache_mb)
 
 
-def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None, cache_mb: int = CACHE_MB) -> BundleVlm:
+def resized(bundle: Bundle, longest_edge: int) -> Bundle:
+    """The bundle with pictures of another size, and a warning where that is not the training's."""
+    image = family_of_bundle(bundle).limited(bundle.image, longest_edge)
+    try:
+        changed = Bundle.model_validate(bundle.model_copy(update={"image": image}).model_dump())
+    except ValidationError as error:
+        raise InputError(f"--longest-edge {longest_edge}: {error.errors()[0]['msg']}") from error
+    if changed.image != bundle.image:
+        warnings.warn(
+            f"{bundle.name} was trained and measured with pictures of another size than a longest edge of "
+            f"{longest_edge}; measure it with this one, or align with --longest-edge {longest_edge}",
+            stacklevel=3,
+        )
+    return changed
+
+
+def open_bundle(
+    folder: Path, bundle: Bundle, *, device: str = "auto", threads: int | None = None, cache_mb: int = CACHE_MB
+) -> BundleVlm:
     """Like `load`, with a manifest in hand; export uses it to verify a bundle before it writes the manifest."""
     module, library, package, extra = ENGINES[bundle.engine]
     try:
@@ -67,7 +106,7 @@ def open_bundle(folder: Path, bundle: Bundle, *, threads: int | None = None, cac
     except ModuleNotFoundError as error:
         raise MissingExtra(package, extra) from error
     tokenizer = _tokenizer(bundle.path_of(folder, "tokenizer"))
-    engine = importlib.import_module(module).open_engine(folder, bundle, threads or usable_cores())
+    engine = importlib.import_module(module).open_engine(folder, bundle, threads or usable_cores(), device.lower())
     return BundleVlm(bundle, engine, tokenizer, cache_mb=cache_mb)
 
 

@@ -26,9 +26,8 @@ from mpa_edge.runtime import BundleVlm, open_bundle
 from mpa_edge.runtime.vlm import Decoding
 
 MODELS = ["tiny_idefics3", "tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_llava", "tiny_llava_siglip", "tiny_internvl"]
-# Formats with an engine in this environment; OpenVINO's parity is in test_openvino.py.
-FORMATS = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
-FULL = {"gguf": "f32", "onnx": "fp32"}
+FORMATS = {"gguf": "llama.cpp", "onnx": "onnxruntime", "openvino": "openvino"}
+FULL = {"gguf": "f32", "onnx": "fp32", "openvino": "fp32"}
 # Pictures by their sizes: smaller than a tile, one tile, many tiles, very wide, very tall, and two in one prompt.
 ASKED = [
     ([(20, 30)], "?"),
@@ -100,6 +99,11 @@ class Exported:
             from mpa_edge.export.to_gguf import to_gguf
 
             return to_gguf(self.original.folder, folders, Names(self.root.name))
+        if self.format == "openvino":
+            from mpa_edge.export.to_openvino import to_openvino
+
+            graphs = self.root / "graphs"
+            return {quant: to_openvino(self.original.folder, folders[quant], quant, graphs=graphs) for quant in folders}
         from mpa_edge.export.to_onnx import to_onnx
 
         graphs.mkdir(exist_ok=True)
