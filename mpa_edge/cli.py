@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -27,6 +28,13 @@ app = typer.Typer(
     "The road: [bold]align[/bold] -> [bold]export[/bold] -> [bold]ask[/bold] / [bold]bench[/bold]. "
     "Start with [bold]mpa-edge demo[/bold].",
 )
+
+
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, or an accelerator: cuda, metal, vulkan, tensorrt, coreml, …")]
+LongestEdge = Annotated[
+    int | None, typer.Option(min=1, help="See pictures at another size than in training; see mpa-edge inspect.")
+]
 
 
 class Format(str, Enum):
@@ -204,13 +212,15 @@ def ask(
     image: Annotated[Path, typer.Argument(help="A picture.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: the task's.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's choice.")] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    longest_edge: LongestEdge = None,
     timings: Annotated[bool, typer.Option("--timings", help="Show the milliseconds of each phase.")] = False,
 ) -> None:
     """Answer a question about a picture, on this machine, from the bundle alone."""
     from mpa_edge.runtime import load
 
-    with load(bundle, threads=threads) as vlm:
+    with load(bundle, device=device, threads=threads, longest_edge=longest_edge) as vlm:
         stream = vlm.stream(image, question, max_new_tokens=max_new_tokens)
         for text in stream:
             typer.echo(text, nl=False)
@@ -236,7 +246,7 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge 
 )
 def selfcheck(
     bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge export made.")],
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's choice.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Check a bundle's files, and replay the samples in its manifest; exit code 1 unless all is equal."""
     from mpa_edge.runtime.selfcheck import selfcheck as run_selfcheck
@@ -273,7 +283,9 @@ def serve(
         str | None, typer.Option(help="The key itself; other users of this machine can see it in the process list.")
     ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are told to retry.")] = 16,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's choice.")] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    longest_edge: LongestEdge = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave the task's question template away.")] = False,
     remote: Annotated[
         bool, typer.Option("--remote/--no-remote", help="Fetch pictures that a request names by their address.")
@@ -291,7 +303,16 @@ def serve(
         typer.echo("warning: everybody who can reach this machine can ask; set --api-key-env", err=True)
     typer.echo(f"http://{host}:{port}/  (Ctrl-C stops it)", err=True)
     run_server(
-        bundle, host=host, port=port, api_keys=keys, max_queue=max_queue, threads=threads, raw=raw, remote=remote
+        bundle,
+        host=host,
+        port=port,
+        api_keys=keys,
+        max_queue=max_queue,
+        threads=threads,
+        device=device,
+        longest_edge=longest_edge,
+        raw=raw,
+        remote=remote,
     )
 
 
@@ -349,6 +370,7 @@ def demo(
 
 def main() -> None:
     """Entry point: library errors become one clean line and exit code 1; a bug keeps its traceback."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
     except MpaEdgeError as error:

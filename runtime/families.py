@@ -73,6 +73,13 @@ class Family(Protocol):
         """
         ...
 
+    def limited(self, settings: Any, longest_edge: int) -> Any:
+        """Settings for pictures of `longest_edge` pixels, as `mpa_edge.processors.limit` sets a training processor.
+
+        Raises `InputError` where the model sees every picture at one size.
+        """
+        ...
+
     def sizes(self, settings: Any) -> list[tuple[str, Any]]:
         """Settings worth comparing when a picture has to cost less, each with its name for people; from the cheapest
         up, the given ones among them."""

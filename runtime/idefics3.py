@@ -68,12 +68,16 @@ class Idefics3:
     def positions(self, token_ids: Sequence[int], image_token_id: int, cuts: Sequence[Cut]) -> None:
         """See `Family.positions`: one after the other."""
 
+    def limited(self, settings: Idefics3Images, longest_edge: int) -> Idefics3Images:
+        """See `Family.limited`: what a picture is scaled to before it is cut."""
+        return settings.model_copy(update={"longest_edge": longest_edge})
+
     def sizes(self, settings: Idefics3Images) -> list[tuple[str, Idefics3Images]]:
         """See `Family.sizes`: longest edges of whole tiles up to `MAX_EDGE`, and the student's own."""
         tile = settings.tile_size
         whole = range(tile, MAX_EDGE + 1, tile) if settings.split else [tile]
         edges = sorted({*whole, settings.longest_edge})
-        return [(f"longest edge {edge}", settings.model_copy(update={"longest_edge": edge})) for edge in edges]
+        return [(f"longest edge {edge}", self.limited(settings, edge)) for edge in edges]
 
 
 def _tiles_of(image: Image.Image, settings: Idefics3Images) -> tuple[Tiles, int, int]:

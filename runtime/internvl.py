@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mpa_edge.bundle import InternVlImages
+from mpa_edge.errors import InputError
 from mpa_edge.runtime.families import Cut
 from mpa_edge.runtime.images import normalise
 
@@ -61,6 +62,10 @@ class InternVl:
 
     def positions(self, token_ids: Sequence[int], image_token_id: int, cuts: Sequence[Cut]) -> None:
         """See `Family.positions`: one after the other."""
+
+    def limited(self, settings: InternVlImages, longest_edge: int) -> InternVlImages:
+        """See `Family.limited`: always raises `InputError`."""
+        raise InputError(f"--longest-edge {longest_edge}: {self.name} has no such setting; leave it out")
 
     def sizes(self, settings: InternVlImages) -> list[tuple[str, InternVlImages]]:
         """See `Family.sizes`: fewer tiles, down to one."""

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mpa_edge.bundle import Bundle
-from mpa_edge.errors import BundleError, MissingExtra, ModelError
+from mpa_edge.bundle import Bundle, Role
+from mpa_edge.errors import BundleError, InputError, MissingExtra, ModelError
 from mpa_edge.runtime.engine import Features, Logits, Positions
 from mpa_edge.runtime.families import Cut, Tiles, family_of_bundle
 
@@ -35,13 +35,21 @@ UBATCH = 512  # most tokens computed at once
 ROWS = 64
 # M-RoPE in llama.cpp: time, height, width, and one that vision leaves at 0.
 AXES = 4
+DEVICES = ("auto", "cpu", "gpu", "cuda", "metal", "vulkan")
+ALL_LAYERS = 999
+PAIR: tuple[Role, Role] = ("language_model", "mmproj")
 
 _NO_LOG = llama.llama_log_callback(lambda level, text, data: None)
 
 
-def open_engine(folder: Path, bundle: Bundle, threads: int) -> LlamaCpp:
-    """Load the pair of GGUF files that the manifest names."""
-    return LlamaCpp(bundle.path_of(folder, "language_model"), bundle.path_of(folder, "mmproj"), bundle, threads)
+def open_engine(folder: Path, bundle: Bundle, threads: int, device: str = "auto") -> LlamaCpp:
+    """Load the pair of GGUF files that the manifest names.
+
+    `device` is `cpu`; `cuda`, `metal`, `vulkan` or `gpu` for what this build of llama.cpp offloads to; `auto` for that
+    where it does, else the CPU. Raises `InputError` when it offloads to nothing.
+    """
+    files = (bundle.path_of(folder, role) for role in PAIR)
+    return LlamaCpp(*files, bundle, threads, offload=_offloads(device))
 
 
 class LlamaCpp:
@@ -49,8 +57,11 @@ class LlamaCpp:
 
     name = "llama.cpp"
 
-    def __init__(self, language_model: Path, mmproj: Path, bundle: Bundle, threads: int) -> None:
-        """Load both files; `BundleError` when llama.cpp refuses one of them."""
+    def __init__(
+        self, language_model: Path, mmproj: Path, bundle: Bundle, threads: int, *, offload: bool = True
+    ) -> None:
+        """Load both files, and compute on an accelerator where `offload` is on and there is one; `BundleError` when
+        llama.cpp refuses one of the files."""
         silence()
         llama.llama_backend_init()
         self._model: Any = None
@@ -61,12 +72,12 @@ class LlamaCpp:
         self._mark: tuple[int, int] | None = None
         self._family, self._image = family_of_bundle(bundle), bundle.image
         try:
-            self._model = _load_model(language_model)
+            self._model = _load_model(language_model, offload)
             self._context = _new_context(self._model, language_model, bundle.prompt.context_length, threads)
             # Kept alive: llama.cpp calls it whenever it encodes.
             self._in_order = class_token_first(mmproj) if self._family.name == "llava" else None
             tile_tokens = self._family.tile_tokens(self._image)
-            self._mtmd = _load_mmproj(mmproj, self._model, tile_tokens, threads, self._in_order)
+            self._mtmd = _load_mmproj(mmproj, self._model, tile_tokens, threads, offload, self._in_order)
         except BaseException:
             self.close()
             raise
@@ -227,8 +238,20 @@ def _places(positions: Positions, *, pictures: bool) -> np.ndarray[Any, Any]:
     return places
 
 
-def _load_model(path: Path) -> Any:
+def _offloads(device: str) -> bool:
+    if device not in DEVICES:
+        raise InputError(f"--device {device}: llama.cpp knows {', '.join(DEVICES)}")
+    if device not in ("auto", "cpu") and not llama.llama_supports_gpu_offload():
+        raise InputError(
+            f"--device {device}: this llama.cpp was built for the CPU only; for CUDA: "
+            'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir llama-cpp-python'
+        )
+    return device != "cpu"
+
+
+def _load_model(path: Path, offload: bool) -> Any:
     params = llama.llama_model_default_params()
+    params.n_gpu_layers = ALL_LAYERS if offload else 0
     # GCC 12 and older compile llama.cpp's set-up of Intel's AMX tiles into a crash at the first quantized product (they
     # drop the stores before `ldtilecfg`). The repacked buffers are the only way into that code.
     params.use_extra_bufts = b"AMX_INT8 = 1" not in llama.llama_print_system_info()
@@ -254,9 +277,11 @@ def _new_context(model: Any, path: Path, context_length: int, threads: int) -> A
     return context
 
 
-def _load_mmproj(path: Path, model: Any, tile_tokens: tuple[int, int], threads: int, evaluated: Any | None) -> Any:
+def _load_mmproj(
+    path: Path, model: Any, tile_tokens: tuple[int, int], threads: int, offload: bool, evaluated: Any | None
+) -> Any:
     params = mtmd.mtmd_context_params_default()
-    params.use_gpu = True
+    params.use_gpu = offload
     params.print_timings = False
     params.warmup = False
     params.n_threads = threads

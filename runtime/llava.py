@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mpa_edge.bundle import LlavaImages
-from mpa_edge.errors import ImageError
+from mpa_edge.errors import ImageError, InputError
 from mpa_edge.runtime.families import Cut
 from mpa_edge.runtime.images import MAX_PIXELS, normalise
 
@@ -56,6 +56,10 @@ class Llava:
 
     def positions(self, token_ids: Sequence[int], image_token_id: int, cuts: Sequence[Cut]) -> None:
         """See `Family.positions`: one after the other."""
+
+    def limited(self, settings: LlavaImages, longest_edge: int) -> LlavaImages:
+        """See `Family.limited`: always raises `InputError`."""
+        raise InputError(f"--longest-edge {longest_edge}: {self.name} has no such setting; leave it out")
 
     def sizes(self, settings: LlavaImages) -> list[tuple[str, LlavaImages]]:
         """See `Family.sizes`: the tower knows one size only."""

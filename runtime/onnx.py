@@ -18,22 +18,42 @@ from mpa_edge.runtime.families import Cut, family_of_bundle
 
 # Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
 TILES_AT_ONCE = 4
-CPU = "CPUExecutionProvider"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+# What people call a device -> the execution providers for it. What the first cannot do, the next one does.
+PROVIDERS = {
+    "cpu": (CPU,),
+    "cuda": (CUDA, CPU),
+    "tensorrt": (TENSORRT, CUDA, CPU),
+    "openvino": ("OpenVINOExecutionProvider", CPU),
+    "coreml": ("CoreMLExecutionProvider", CPU),
+    "directml": ("DmlExecutionProvider", CPU),
+}
+# Providers with a memory of their own, by ONNX Runtime's name of it.
+MEMORY = {CUDA: "cuda", TENSORRT: "cuda", "DmlExecutionProvider": "dml"}
+HALF = ("fp16", "q4f16")
 # What transformers.js calls an input of Qwen2-VL's (not Qwen2.5-VL's) vision encoder -> the processor's name for it.
 OTHER_NAMES = {"grid_thw": "image_grid_thw"}
 
 
-def open_engine(folder: Path, bundle: Bundle, threads: int | None = None) -> OnnxEngine:
-    """The engine of an ONNX bundle; see `OnnxEngine`."""
-    return OnnxEngine(folder, bundle, threads)
+def open_engine(folder: Path, bundle: Bundle, threads: int | None = None, device: str = "auto") -> OnnxEngine:
+    """The engine of an ONNX bundle; see `OnnxEngine`.
+
+    `device` is a key of `PROVIDERS`; `auto` is CUDA for a bundle in half precision where this ONNX Runtime has it, else
+    the CPU: the fused attention has GPU kernels for half precision only. Raises `InputError` for others.
+    """
+    if device == "auto":
+        device = "cuda" if bundle.quantization in HALF and CUDA in ort.get_available_providers() else "cpu"
+    if device not in PROVIDERS:
+        raise InputError(f"--device {device}: ONNX Runtime knows auto, {', '.join(PROVIDERS)}")
+    return OnnxEngine(folder, bundle, threads, providers=PROVIDERS[device])
 
 
 class OnnxEngine:
     """See `Engine`. `threads` None leaves the number to ONNX Runtime.
 
-    `providers` are ONNX Runtime's execution providers in order of preference. The CPU is the default everywhere: the
-    graphs are float32, and ONNX Runtime's fused attention has GPU kernels for half precision only. Raises `BundleError`
-    for a graph that cannot be loaded and `InputError` for a provider that is not installed.
+    `providers` are ONNX Runtime's execution providers in order of preference; the key-value cache stays in the memory
+    of the first one. Raises `BundleError` for a graph that cannot be loaded and `InputError` for a provider that is not
+    installed.
     """
 
     name = "onnxruntime"
@@ -44,6 +64,7 @@ class OnnxEngine:
         missing = sorted(set(providers) - set(ort.get_available_providers()))
         if missing:
             raise InputError(f"{missing[0]} is not in this ONNX Runtime: {', '.join(ort.get_available_providers())}")
+        self._memory = MEMORY.get(providers[0], "cpu")
         self._image = bundle.image
         self._family = family_of_bundle(bundle)
         self._image_token = _image_token(bundle, folder)
@@ -141,13 +162,21 @@ class OnnxEngine:
             "position_ids": _value(self._shaped(positions)),
             "num_logits_to_keep": _value(np.array(keep, np.int64)),
         }
-        # As OrtValues the cache stays in ONNX Runtime's memory; as arrays it would be copied out at every token.
-        results = self._decoder.run_with_ort_values(self._outputs, feed | self._past)
-        outputs = dict(zip(self._outputs, results, strict=True))
+        outputs = self._run(feed | self._past)
         logits: Logits = outputs.pop("logits").numpy()[0].astype(np.float32, copy=False)
         self._past = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
         self._length, self._position = end, int(positions.max()) + 1
         return logits
+
+    def _run(self, feed: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's outputs; bound to the device, so that the cache is never copied out."""
+        binding = self._decoder.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self._memory)
+        self._decoder.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
     def _shaped(self, positions: Positions) -> Positions:
         """Positions (axes or 1, tokens) as the decoder takes them: (batch, tokens), or (axes, batch, tokens)."""

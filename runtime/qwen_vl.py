@@ -86,6 +86,10 @@ class QwenVl:
             position += text + max(cut.rows, cut.columns)
         return np.concatenate([*parts, _text(position, len(ids) - read)], axis=1)
 
+    def limited(self, settings: QwenVlImages, longest_edge: int) -> QwenVlImages:
+        """See `Family.limited`: the most pixels are those of a square picture with that edge."""
+        return _limited(settings, longest_edge**2)
+
     def sizes(self, settings: QwenVlImages) -> list[tuple[str, QwenVlImages]]:
         """See `Family.sizes`: the most pixels that `--longest-edge` sets, those of a square, and the student's own."""
         names = {edge**2: f"longest edge {edge}" for edge in range(224, MAX_EDGE + 1, 224)}

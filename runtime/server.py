@@ -302,13 +302,15 @@ def serve(
     api_keys: Sequence[str] = (),
     max_queue: int = 16,
     threads: int | None = None,
+    device: str = "auto",
+    longest_edge: int | None = None,
     raw: bool = False,
     remote: bool = True,
 ) -> None:
     """Serve a bundle until SIGINT or SIGTERM; answers under way are finished first, within `GRACE_SECONDS`."""
     from mpa_edge.runtime import load
 
-    with load(bundle, threads=threads) as vlm:
+    with load(bundle, device=device, threads=threads, longest_edge=longest_edge) as vlm:
         hosts = LOOPBACK if is_loopback(host) else ()
         app = create_app(vlm, api_keys=api_keys, max_queue=max_queue, raw=raw, remote=remote, hosts=hosts)
         uvicorn.run(
