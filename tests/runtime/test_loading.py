@@ -31,7 +31,7 @@ def test_devices_that_are_not_there_are_named_with_the_cure(folder: Path) -> Non
     load(folder, device="CPU", threads=1).close()
     with pytest.raises(InputError, match=r"--device cuda: this llama.cpp was built for the CPU only; .*GGML_CUDA=on"):
         load(folder, device="cuda")
-    with pytest.raises(InputError, match="--device toaster: llama.cpp knows auto, cpu"):
+    with pytest.raises(InputError, match=r"--device toaster: llama\.cpp knows auto, cpu"):
         load(folder, device="toaster")
 
 
