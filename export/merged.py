@@ -13,6 +13,7 @@ from mpa_edge.bundle import Source
 from mpa_edge.chat_address import is_address, parse_spec
 from mpa_edge.digests import digest_of_folder, digest_of_trained
 from mpa_edge.errors import InputError
+from mpa_edge.export.families import family_of, read_config
 from mpa_edge.export.workshop import Workshop
 from mpa_edge.models import ADAPTER, WHOLE, base_of
 from mpa_edge.records import write_atomic
@@ -53,7 +54,8 @@ class Merged:
 def open_source(source: Path, out: Path | None, progress: Progress) -> Merged:
     """The model of a run folder, merged when that is still to be done, or of a plain model folder.
 
-    Raises `InputError` for a path that is neither, and `ExportError` when the merge fails a check.
+    Raises `InputError` for a path that is neither, `UnknownFamily` before any work, and `ExportError` when a check
+    fails.
     """
     if (source / RUN).is_file():
         return _merged_run(source, out, progress)
@@ -66,8 +68,11 @@ def open_source(source: Path, out: Path | None, progress: Progress) -> Merged:
 
 def _plain_model(folder: Path, out: Path | None) -> Merged:
     from mpa_edge.export.merge_checks import check_files, refuse_quantized
+    from mpa_edge.export.merge_weights import load_model
 
+    family_of(read_config(folder))
     refuse_quantized(folder)
+    load_model(folder)  # refuses one that lacks weights
     name = folder.resolve().name
     return Merged(
         folder=folder,
@@ -86,6 +91,7 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
 
     config = content.get("config", {})
     task = task_of_run(content)
+    family_of(read_config(base_folder(student)))
     folder, checks = _merge_once(run, student, config.get("longest_edge"), progress)
     base = _model_name(base_of(student))
     return Merged(
@@ -129,8 +135,8 @@ def _merge_once(run: Path, student: Path, longest_edge: int | None, progress: Pr
         checks = merge(student, fresh, longest_edge=longest_edge)
         record.unlink(missing_ok=True)
         workshop.place(fresh, folder)
-    content = {"inputs": inputs, "output": digest_of_folder(folder), "checks": checks, "tool_version": __version__}
-    write_atomic(record, json.dumps(content, indent=2) + "\n")
+        content = {"inputs": inputs, "output": digest_of_folder(folder), "checks": checks, "tool_version": __version__}
+        write_atomic(record, json.dumps(content, indent=2) + "\n")
     return folder, {**checks, "base_sha256": inputs["base"]}
 
 

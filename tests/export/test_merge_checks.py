@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpa_edge.errors import ExportError
+from mpa_edge.errors import ExportError, UnknownFamily
 from mpa_edge.export.merge import merge
 from mpa_edge.export.merge_checks import check_files, check_logits, check_tensors, logits_of, probe_of
 from mpa_edge.export.merge_trained import AdaptedModel, targeted_tensors
@@ -182,3 +182,26 @@ def test_every_familys_files_are_looked_for(family: str, tmp_path: Path, request
             (copy / name.name).unlink()
         with pytest.raises(ExportError, match="processor"):
             check_files(copy)
+
+
+def test_a_plain_model_folder_that_lacks_weights_is_refused(copy: Path, tmp_path: Path) -> None:
+    from mpa_edge.export.merged import open_source
+
+    assert open_source(copy, tmp_path, lambda line: None).checks == {"source": "base", "files": "complete"}
+    edit_tensors(copy, without(VISION))
+    with pytest.raises(ExportError, match=f"lacks 1 tensors of its model, {VISION}"):
+        open_source(copy, tmp_path, lambda line: None)
+
+
+def test_an_unknown_family_is_named_before_the_merge(
+    copy: Path, tmp_path: Path, adapter_on: Callable[..., Path]
+) -> None:
+    from mpa_edge.export.merged import open_source
+
+    shutil.copytree(adapter_on(copy), tmp_path / "run" / "student")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "kosmos-2"}))
+    with pytest.raises(UnknownFamily, match="kosmos-2"):
+        open_source(tmp_path / "run", None, lambda line: None)
+    assert not (tmp_path / "run" / "merged").exists()
