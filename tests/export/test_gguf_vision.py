@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,20 @@ def test_features_equal_transformers(model: Path, tmp_path: Path, picture: Any) 
         assert got.shape == wanted.shape
         assert np.abs(got - wanted).max() < ALLOWED[quant] * np.abs(wanted).max()
         assert made[quant][1]["tokenizer_agreement"] == 1.0
+
+
+def test_llama_cpps_own_program_answers_with_the_pair(model: Path, tmp_path: Path, picture: Any) -> None:
+    program = shutil.which("llama-mtmd-cli", path=os.environ.get("LLAMA_CPP_BIN", os.environ.get("PATH")))
+    if program is None:
+        pytest.skip("llama-mtmd-cli is not on PATH; name its folder in LLAMA_CPP_BIN")
+    language, mmproj = (
+        str(tmp_path / file.path) for file in to_gguf(model, {"f16": tmp_path}, Names("x"))["f16"][0][:2]
+    )
+    picture(80, 60).save(tmp_path / "a.png")
+    command = [program, "-m", language, "--mmproj", mmproj, "--image", str(tmp_path / "a.png"), "-p", "What is it?"]
+    options = ["--jinja", "-n", "4", "--temp", "0", "-t", "1"]
+    run = subprocess.run([*command, *options], capture_output=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr[-2000:].decode(errors="replace")
 
 
 def rename(source: Path, target: Path, *pairs: tuple[str, str]) -> Path:
