@@ -43,13 +43,18 @@ def push(
     and for a missing token; `ExportError` when the hub refuses.
     """
     files = _files(folder)
+    token = check_push(name, dry_run=dry_run)
+    return Upload(name, private, files, None if dry_run else _upload(folder, name, files, private, token, endpoint))
+
+
+def check_push(name: str, *, dry_run: bool = False) -> str:
+    """The token from the environment, empty where none is needed; `InputError` for what would fail after an hour of
+    export: a name that cannot be, a token that is not set."""
     _check_name(name)
-    if dry_run:
-        return Upload(name, private, files)
     token = os.environ.get(TOKEN, "").strip()
-    if not token:
+    if not token and not dry_run:
         raise InputError(f"--push {name}: set {TOKEN} to a token of the hub that may write; --dry-run needs none")
-    return Upload(name, private, files, _upload(folder, name, files, private, token, endpoint))
+    return token
 
 
 def _files(folder: Path) -> tuple[tuple[str, int], ...]:

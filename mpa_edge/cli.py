@@ -171,12 +171,17 @@ def export(
 
 
 def _check_push(format: Format, push: str | None, public: bool, dry_run: bool) -> None:
-    from mpa_edge.errors import InputError
+    from mpa_edge.errors import InputError, require
 
     if push and format is not Format.hf:
         raise InputError("--push goes with --format hf")
     if (public or dry_run) and not push:
         raise InputError(f"{'--public' if public else '--dry-run'} goes with --push NAME")
+    if push:
+        require("export", ["huggingface_hub"])
+        from mpa_edge.export.push import check_push
+
+        check_push(push, dry_run=dry_run)
 
 
 def _say(line: str) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from mpa_edge.cli import app
 from mpa_edge.errors import ExportError, InputError
 from mpa_edge.export.push import push
 
@@ -153,3 +155,18 @@ def test_what_the_hub_refuses_is_one_line_without_the_token(hub: Hub, folder: Pa
         push(folder, "me/signs", endpoint=hub.address)
     assert "\n" not in str(refused.value)
     assert TOKEN not in str(refused.value)
+
+
+def test_what_would_fail_after_the_export_is_refused_before_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The run does not even exist."""
+    monkeypatch.delenv("HF_TOKEN")
+    for flags, words in (
+        (["--push", "me/signs"], "HF_TOKEN"),
+        (["--push", "me/..", "--dry-run"], "no name of a repository"),
+        (["--push", "me/signs", "--dry-run"], "neither a run"),
+    ):
+        error = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", "hf", *flags]).exception
+        assert isinstance(error, InputError)
+        assert words in str(error)
