@@ -25,8 +25,15 @@ def metadata_of(merged: Path, names: Names) -> dict[str, Any]:
         "general.size_label": size or _size_label(merged),
     }
     if names.finetune:
-        fields["general.base_models"] = [{"name": names.base}]
+        fields["general.base_models"] = [_base_model(names.base)]
     return fields
+
+
+def _base_model(base: str) -> dict[str, str]:
+    organization, slash, name = base.partition("/")
+    if not slash:  # a folder, not a hub id
+        return {"name": base}
+    return {"name": name, "organization": organization, "repo_url": f"https://huggingface.co/{base}"}
 
 
 def full_name(names: Names) -> str:

@@ -144,7 +144,7 @@ def check_vision(config: Mapping[str, Any]) -> None:
         f"{name} is {found!r}, needed is {needed}" for name, found, needed in checks(config) if found not in needed
     ]
     widths = {vision.get("intermediate_size"), vision.get("hidden_size")}
-    if config["model_type"] in ("idefics3", "smolvlm", "llava") and len(widths) == 1:
+    if config["model_type"] in ("idefics3", "smolvlm", "llava", "qwen2_5_vl") and len(widths) == 1:
         # clip.cpp tells files of an old converter by this, and swaps the two halves of the feed-forward part.
         problems.append(f"vision_config's intermediate_size equals its hidden_size, {widths.pop()}")
     if problems:

@@ -78,7 +78,8 @@ def to_gguf(
                 _quantize(full, part, quant)
             with _whole(folder / projector) as part:
                 shutil.copyfile(vision[projectors[quant]], part)
-            shutil.copyfile(merged / "tokenizer.json", folder / "tokenizer.json")
+            with _whole(folder / "tokenizer.json") as part:
+                shutil.copyfile(merged / "tokenizer.json", part)
             files = [
                 describe_file(folder, model, "language_model"),
                 describe_file(folder, projector, "mmproj"),
@@ -174,8 +175,8 @@ def _text_class(config: dict[str, Any]) -> Any:
 
 def _run(converter: Any, merged: Path, config: dict[str, Any], kind: Any, out: Path, names: Names) -> Path:
     metadata = out.with_name("metadata.json")
-    metadata.write_text(json.dumps(metadata_of(merged, names)))
     try:
+        metadata.write_text(json.dumps(metadata_of(merged, names)))
         with _quiet(), torch.inference_mode():
             converter(
                 merged, kind, out, hparams=config, metadata_override=metadata, model_name=full_name(names), eager=False

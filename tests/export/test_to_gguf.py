@@ -61,7 +61,9 @@ def test_metadata(made: Made, root: Path, tiny_idefics3: Path) -> None:
     assert language["general.basename"] == "Tiny-VLM"
     assert language["general.finetune"] == "signs"
     assert language["general.license"] == "apache-2.0"
-    assert language["general.base_model.0.name"] == "acme/Tiny-VLM"
+    assert language["general.base_model.0.name"] == "Tiny-VLM"
+    assert language["general.base_model.0.organization"] == "acme"
+    assert language["general.base_model.0.repo_url"] == "https://huggingface.co/acme/Tiny-VLM"
     assert language["tokenizer.chat_template"] == (tiny_idefics3 / "chat_template.jinja").read_text()
     vision = fields(root / "q8_0" / made["q8_0"][0][1].path)
     assert vision["general.type"] == "mmproj"
