@@ -91,7 +91,7 @@ class Row:
 
 def families_table() -> list[Row]:
     """A row per family, in the order of `FAMILIES`."""
-    formats: dict[str, tuple[str, ...]] = dict(QUANTS)
+    formats = {str(name): quants for name, quants in QUANTS.items()}
     return [Row(family.name, family.model_types, **vars(ABOUT[family.name]), formats=formats) for family in FAMILIES]
 
 

@@ -183,6 +183,22 @@ def test_a_plain_model_is_written_without_a_story(tiny_one_tile: Path, tmp_path:
     assert "teacher" not in card
 
 
+@pytest.mark.parametrize(
+    "name", ["tiny_one_tile", "tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_llava_siglip", "tiny_internvl"]
+)
+def test_every_family_answers_from_its_folder(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model: Path = request.getfixturevalue(name)
+    merged = open_source(model, tmp_path / "out", lambda line: None)
+    questions, decoding = synthetic_questions(2), Decoding(max_new_tokens=4)
+    vlm = TransformersVlm.load(str(model), device="cpu", dtype="float32")
+    answers = vlm.answer([q.image for q in questions], [q.prompt for q in questions], decoding)
+    with Workshop(merged.root) as workshop:
+        folder = to_hf(merged, merged.root / "hf", Reference(questions, decoding, answers), workshop)
+    assert "very tokens for 2 of 2 questions" in (folder / "README.md").read_text()
+    left = {path.name for path in model.iterdir()} - {path.name for path in folder.iterdir()}
+    assert not left
+
+
 def test_scores_come_from_a_report_of_this_very_student(run: Path, merged: Merged) -> None:
     def entry(step: str, value: float) -> dict[str, Any]:
         return {"name": step, "step": step, "failed": None, "accuracy": {"value": value, "ci95": [0.4, 0.9], "n": 60}}
