@@ -59,9 +59,9 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def make_idefics3(
-    folder: Path, *, split: bool = True, longest_edge: int = 192, tied: bool = True, seed: int = 0
+    folder: Path, *, split: bool = True, longest_edge: int = 192, tied: bool = True, seed: int = 0, width: int = 64
 ) -> Path:
-    """SmolVLM's architecture: tiles of 64 pixels, 16 image tokens each."""
+    """SmolVLM's architecture: tiles of 64 pixels, 16 image tokens each; `width` is the text model's."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -83,7 +83,13 @@ def make_idefics3(
             "image_size": 64,
             "patch_size": 8,
         },
-        text_config={"model_type": "llama", **_text_config(tokenizer), "tie_word_embeddings": tied},
+        text_config={
+            "model_type": "llama",
+            **_text_config(tokenizer),
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "tie_word_embeddings": tied,
+        },
     )
     return _save(folder, Idefics3ForConditionalGeneration, config, processor, tokenizer, seed)
 
