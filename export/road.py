@@ -67,13 +67,14 @@ class Road:
 
     def __init__(self, merged: Merged, data: Path, *, limit: int | None = None) -> None:
         """Read the questions. `limit` draws a stratified sample, the same as the benchmark's `--limit`. Raises
-        `InputError` before any work: where they cannot be read, and for a plain model folder."""
+        `InputError` where they cannot be read, and for a plain model folder, and `MissingExtra`."""
         if merged.task is None:
             raise InputError(
                 f"--data {data}: {merged.folder} names no task, so no prompt and no metric; export a run to score it"
             )
         self._task: Task = merged.task
         self._metric = metric_named(self._task.metric)
+        self._metric("", ["-"])  # a library that it lacks is missed now, not at the end
         self._merged, self._folder = merged, merged.root / KEPT
         everything = read_questions(data, store=self._folder / "images")
         self._questions = stratified(everything, limit, 0)
