@@ -74,6 +74,50 @@ def onnx_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
 
 
 @pytest.fixture(scope="session")
+def openvino_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """`openvino_graphs(model)`: where `to_openvino` keeps the float32 graphs of a model folder."""
+    root = tmp_path_factory.mktemp("openvino-graphs")
+    return lambda model: root / model.name
+
+
+@pytest.fixture(scope="session")
+def openvino_bundle(
+    tmp_path_factory: pytest.TempPathFactory, openvino_graphs: Callable[[Path], Path]
+) -> Callable[[Path, str], Path]:
+    """`openvino_bundle(model, quant)`: the folder of an OpenVINO bundle, made once."""
+    root = tmp_path_factory.mktemp("openvino")
+
+    def make(model: Path, quant: str) -> Path:
+        from mpa_edge.bundle import Bundle, Source, write_bundle
+        from mpa_edge.export.families import family_of, prompt_settings, read_config
+        from mpa_edge.export.to_openvino import to_openvino
+        from mpa_edge.processors import load_processor
+
+        folder = root / f"{model.name}-{quant}"
+        if folder.exists():
+            return folder
+        folder.mkdir()
+        files, checks = to_openvino(model, folder, quant, graphs=openvino_graphs(model))
+        config, processor = read_config(model), load_processor(model)
+        family = family_of(config)
+        bundle = Bundle(
+            name=folder.name,
+            family=family.name,
+            engine="openvino",
+            quantization=quant,
+            files=tuple(files),
+            image=family.image_settings(config, processor),
+            prompt=prompt_settings(config, processor, "{question}", 12),
+            source=Source(student=model.name, tool_version="0"),
+            checks={"openvino": checks},
+        )
+        write_bundle(folder, bundle)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_idefics3: Path) -> Path:
     """A LoRA adapter with random, non-zero weights on `tiny_idefics3`."""
     return make_adapter(tmp_path_factory.mktemp("adapter") / "student", tiny_idefics3)

@@ -102,7 +102,6 @@ class Exported:
         if self.format == "openvino":
             from mpa_edge.export.to_openvino import to_openvino
 
-            graphs = self.root / "graphs"
             return {quant: to_openvino(self.original.folder, folders[quant], quant, graphs=graphs) for quant in folders}
         from mpa_edge.export.to_onnx import to_onnx
 
@@ -116,11 +115,10 @@ def original(request: pytest.FixtureRequest, picture: Any) -> Original:
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def exported(
-    request: pytest.FixtureRequest, original: Original, onnx_graphs: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Exported:
+def exported(request: pytest.FixtureRequest, original: Original, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     root = tmp_path_factory.mktemp("parity") / original.folder.name
-    return Exported(original, request.param, root, onnx_graphs(original.folder))
+    graphs = request.getfixturevalue("openvino_graphs" if request.param == "openvino" else "onnx_graphs")
+    return Exported(original, request.param, root, graphs(original.folder))
 
 
 def test_logits_at_every_position(exported: Exported) -> None:
