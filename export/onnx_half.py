@@ -8,11 +8,9 @@ can be told of such nodes, but rounds between two neighbours of them, and writes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from mpa_edge.errors import ExportError
@@ -25,6 +23,9 @@ PRECISE = {"Sin", "Cos", "Floor", "Round", "NonZero", "Less", "LessOrEqual", "Gr
 PRECISE |= {"Range", "Resize"}
 # A layer's output is what the model makes of its input, and no position; smaller weights are constants of positions.
 LAYER_WEIGHTS = 1024
+LARGEST = 65504
+# From here on a number means infinity: a mask's lowest value.
+MASKED = 1e30
 # From the mean of squares to the factor of the hidden state; the Div or Mul after them is the last step.
 ROOT = {"ReduceMean", "Add", "Sqrt", "Reciprocal"}
 
@@ -43,7 +44,7 @@ def to_half(model: ir.Model) -> None:
             _give_half(node)
     cache = [value for value in graph.inputs if _is_cache(value)]
     for value in [*cache, *graph.initializers.values()]:
-        if value.dtype == FLOAT and not set(value.consumers()) <= kept:
+        if value.dtype == FLOAT and not set(value.consumers()) & kept:
             _hold_half(value)
     casts = _Casts(graph)
     for node in list(graph):
@@ -65,7 +66,7 @@ def float32_nodes(graph: ir.Graph) -> set[ir.Node]:
         elif node.op_type == "ReduceMean":
             root = _reach(node, ir.Node.successors, lambda step: step.op_type in ROOT)
             ends = {after for step in root for after in step.successors() if after.op_type in ("Div", "Mul")}
-            found |= root | ends | set(node.predecessors())
+            found |= root | ends | {before for before in node.predecessors() if not _is_layer(before)}
     return found
 
 
@@ -121,20 +122,13 @@ def _hold_half(value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is None:
         return
-    if tensor.size < LAYER_WEIGHTS:
-        # Constants such as a mask's -3e38 mean the lowest value that there is.
-        limit = np.finfo(np.float16).max
-        value.const_value = ir.tensor(np.clip(array_of(tensor), -limit, limit).astype(np.float16), name=value.name)
-    else:
-        value.const_value = later(tensor, HALF, lambda numbers: _half(numbers, str(value.name)))
-
-
-def _half(numbers: NDArray[Any], name: str) -> NDArray[Any]:
-    with np.errstate(over="ignore"):
-        half = numbers.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ExportError(f"{name} holds values beyond 65504, float16's largest; use --quant fp32, int8 or q4")
-    return half
+    if tensor.size >= LAYER_WEIGHTS:
+        sizes = np.abs(array_of(tensor))
+        if ((sizes > LARGEST) & (sizes < MASKED)).any():
+            raise ExportError(f"{value.name} holds values beyond float16's {LARGEST}; take --quant fp32, int8 or q4")
+    value.const_value = later(
+        tensor, HALF, lambda numbers: np.clip(numbers, -LARGEST, LARGEST, out=numbers).astype(np.float16)
+    )
 
 
 class _Casts:
