@@ -50,19 +50,21 @@ def check_projector(own: Path, base: Path | None) -> dict[str, Any]:
 
     A fine-tune that answers nonsense with its own mmproj and sense with its base's has lost or damaged its vision
     weights on the way. `vision` is "equal to the base's", "differs from the base's" with the tensors by name, or "not
-    compared". Raises `ExportError` where a weight is no finite number, f16 ends at 65504: such files answer nonsense.
+    compared"; `tensor_types` counts the mmproj's own. Raises `ExportError` where a weight is no finite number (f16 ends
+    at 65504): such files answer nonsense too.
     """
     tensors = {tensor.name: tensor for tensor in Reader(own).tensors}
     for name, tensor in tensors.items():
         if tensor.tensor_type.name in ("F16", "F32") and not np.isfinite(tensor.data).all():
             kind = tensor.tensor_type.name
             raise ExportError(f"mmproj: {name} holds NaN, or values beyond {kind}; --mmproj q8_0 takes larger ones")
+    types = dict(Counter(tensor.tensor_type.name for tensor in tensors.values()))
     if base is None:
-        return {"vision": "not compared", "tensors": len(tensors)}
+        return {"vision": "not compared", "tensor_types": types}
     others = {tensor.name: tensor for tensor in Reader(base).tensors}
     if tensors.keys() != others.keys():
         names = ", ".join(sorted(tensors.keys() ^ others.keys())[:4])
         raise ExportError(f"the mmproj and the base model's do not have the same tensors: {names}")
     changed = [name for name in tensors if not np.array_equal(tensors[name].data, others[name].data)]
     verdict = "differs from the base's" if changed else "equal to the base's"
-    return {"vision": verdict, "tensors": len(tensors), "changed": changed}
+    return {"vision": verdict, "changed": changed, "tensor_types": types}

@@ -134,7 +134,7 @@ def test_halves_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         check_fit(model, projector)
     with pytest.raises(ExportError, match=r"same tensors: mm\.0\.weight, mm\.1\.weight"):
         check_projector(projector, other)
-    assert check_projector(projector, None) == {"vision": "not compared", "tensors": 1}
+    assert check_projector(projector, None) == {"vision": "not compared", "tensor_types": {"F32": 1}}
 
 
 def write(path: Path, architecture: str, numbers: dict[str, int], tensors: dict[str, Any]) -> None:
