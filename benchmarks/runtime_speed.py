@@ -128,9 +128,10 @@ def measure(name: str, folder: Path, work: Work) -> dict[str, Any]:
     model = model_folder(name, folder)
     bundles = bundles_of(model, folder)
     paths = write_pool(folder / "pictures", work.pictures + 1)
+    _say(f"{name}: bundles are there")
     load, others = os.getloadavg(), watch_others()
     copy, read = stream_copy(work.threads), bytes_per_token(bundles[BASE], read_bundle(bundles[BASE]))
-    ways, failed = take_turns(jobs_of(model, bundles, work.threads), paths, tokens=work.tokens)
+    ways, failed = take_turns(jobs_of(model, bundles, work.threads), paths, tokens=work.tokens, say=_say)
     own = _program(work, bundles[BASE], paths)
     return {
         "ratios": ratios(ways, read, copy),
@@ -144,6 +145,10 @@ def measure(name: str, folder: Path, work: Work) -> dict[str, Any]:
         "load": [round(value, 2) for value in load],
         "busy": others(),
     }
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _program(work: Work, folder: Path, pictures: list[Path]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -144,22 +144,24 @@ def start(job: Job, picture: Path) -> tuple[Process, Times]:
 
 
 def take_turns(
-    jobs: Mapping[str, Job], pictures: Sequence[Path], *, tokens: int
+    jobs: Mapping[str, Job], pictures: Sequence[Path], *, tokens: int, say: Callable[[str], None] = lambda line: None
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Measure all ways on all pictures but the first, which warms up: a first and a further question about each, and an
-    answer of `tokens` tokens. What each took, and why some could not be measured."""
+    answer of `tokens` tokens. What each took, and why some could not be measured. `say` is told what is done."""
     warm_up, *rest = pictures
     processes: dict[str, Process] = {}
     times: dict[str, Times] = {}
     failed: dict[str, str] = {}
     try:
         for name, job in jobs.items():
+            say(f"start {name}")
             depth = max((found.prompt_tokens or 0 for found in times.values()), default=0)
             try:
                 processes[name], times[name] = start(replace(job, depth=depth) if job.way == "loop" else job, warm_up)
             except WayFailed as error:
                 failed[name] = str(error)
-        for picture in rest:
+        for number, picture in enumerate(rest, 1):
+            say(f"picture {number} of {len(rest)}")
             for name, process in processes.items():
                 if jobs[name].way != "loop":
                     _questions(process, times[name], picture)

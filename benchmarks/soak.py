@@ -1,0 +1,132 @@
+"""Whether a loaded bundle keeps its memory: a thousand different pictures, and what the process holds all the while.
+
+    python -m mpa_edge.benchmarks.soak                     writes benchmarks/results/soak.json
+
+The reference student in GGUF and in ONNX, each in a process of its own. Every picture is another one, drawn on the
+spot, of a size of its own, and asked two questions; `rss_mb` is the process's resident memory after so many pictures,
+and `growth` what the last adds to that after the first 50, as a fraction.
+
+Features of recent pictures are kept on purpose, up to `cache_mb`. In the first run of each bundle that is so little
+that it is full after 50 pictures, and what grows then is lost; the second is with the default, which takes hundreds of
+pictures to fill.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image
+
+from mpa_edge.benchmarks.host import host, resident_bytes
+from mpa_edge.benchmarks.reference import STUDENT
+from mpa_edge.benchmarks.runtime_bundles import write_bundles
+from mpa_edge.benchmarks.runtime_turns import QUESTIONS, megabytes
+from mpa_edge.benchmarks.world import POOL_SEEDS, World, draw_picture
+from mpa_edge.records import write_atomic
+from mpa_edge.runtime import load
+from mpa_edge.runtime.bundle_vlm import CACHE_MB
+
+OUT = Path(__file__).parent / "results" / "soak.json"
+QUANTS = {"gguf": ("q8_0",), "onnx": ("int8",)}
+SETTLED = 50  # pictures after which nothing should grow any more
+EVERY = 50
+FULL_MB = 1  # some thirty of the reference student's pictures
+EDGES = (40, 800)  # of the pictures, in pixels
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = OUT,
+    bundle: Annotated[
+        list[Path] | None, typer.Option(help="A bundle; repeat for several. Default: the reference student's.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(help="Pictures per bundle.", min=SETTLED)] = 1000,
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine. Default: all cores.")] = None,
+    one: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure each bundle and write the figures."""
+    if one is not None and bundle:
+        typer.echo(json.dumps(soak(bundle[0], pictures, cache_mb=one, threads=threads)))
+        return
+    found = []
+    with ExitStack() as stack:
+        if not bundle:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            bundle = list(write_bundles(STUDENT, folder, QUANTS).values())
+        for folder in bundle:
+            for cache_mb in (FULL_MB, CACHE_MB):
+                found.append(_in_a_process(folder, pictures, cache_mb, threads))
+                typer.echo(told(found[-1]))
+    result = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": "python -m mpa_edge.benchmarks.soak",
+        "host": host(),
+        "load": round(os.getloadavg()[0], 2),
+        "growth": {row["bundle"]: row["growth"] for row in found if row["cache_mb"] == FULL_MB},
+        "runs": found,
+    }
+    write_atomic(out, json.dumps(result, indent=2) + "\n")
+
+
+def soak(folder: Path, pictures: int, *, cache_mb: int, threads: int | None = None) -> dict[str, Any]:
+    """Ask about so many pictures in this process; `rss_mb` by the number of pictures so far."""
+    rss: dict[int, float | None] = {}
+    start = time.perf_counter()
+    with load(folder, threads=threads, cache_mb=cache_mb) as vlm:
+        rss[0] = megabytes(resident_bytes())
+        for number in range(1, pictures + 1):
+            image = picture(number)
+            for question in QUESTIONS:
+                vlm.ask(image, question)
+            if number % EVERY == 0 or number == pictures:
+                gc.collect()
+                rss[number] = megabytes(resident_bytes())
+    first, last = rss[SETTLED], rss[pictures]
+    return {
+        "bundle": folder.name,
+        "cache_mb": cache_mb,
+        "pictures": pictures,
+        "seconds": round(time.perf_counter() - start, 1),
+        "growth": round(last / first - 1, 4) if first and last else None,
+        "rss_mb": rss,
+    }
+
+
+def picture(number: int) -> Image.Image:
+    """The picture with this number, of another size than most."""
+    rng = random.Random(number)
+    image = draw_picture(POOL_SEEDS.start + number % len(POOL_SEEDS), World.TARGET).image
+    return image.resize((rng.randint(*EDGES), rng.randint(*EDGES)))
+
+
+def told(row: dict[str, Any]) -> str:
+    """One run in a line, with the curve: `… 0: 80 MB, 50: 91 MB, 100: 91 MB`."""
+    curve = ", ".join(f"{number}: {mb:.0f} MB" for number, mb in row["rss_mb"].items() if mb is not None)
+    growth = "unknown" if row["growth"] is None else f"{row['growth']:+.1%}"
+    return f"{row['bundle']}, {row['cache_mb']} MB kept at most: {growth} since picture {SETTLED}; {curve}"
+
+
+def _in_a_process(folder: Path, pictures: int, cache_mb: int, threads: int | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "mpa_edge.benchmarks.soak", "--one", str(cache_mb), "--bundle", str(folder)]
+    command += ["--pictures", str(pictures), *(["--threads", str(threads)] if threads else [])]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    app()
