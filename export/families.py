@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpa_edge.bundle import ImageSettings, PromptSettings
+from mpa_edge.bundle import Images, PromptSettings
 from mpa_edge.errors import ExportError, UnknownFamily
 from mpa_edge.export.image_settings import full_config, idefics3_images, internvl_images, llava_images, qwen_vl_images
 
@@ -30,7 +30,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    image_settings: Callable[[Mapping[str, Any], Any], ImageSettings]
+    image_settings: Callable[[Mapping[str, Any], Any], Images]
 
 
 FAMILIES = (

@@ -43,9 +43,11 @@ def check_bundle(spec: str, student: Vlm, student_spec: str) -> None:
     elif _last(source.student) != _last(student_spec):
         say(f"--ask {spec}: was made of {source.student}; whether that is --student {student_spec} cannot be told")
     edge = ((told.get("image") or {}).get("size") or {}).get("longest_edge")
-    if edge not in (None, bundle.image.longest_edge):
+    # Qwen-VL's processors call by that name the most pixels of a picture in all.
+    seen = getattr(bundle.image, "longest_edge", None) or getattr(bundle.image, "max_pixels", None)
+    if edge is not None and seen not in (None, edge):
         say(
-            f"--ask {spec}: sees pictures of up to {bundle.image.longest_edge} pixels, --student {student_spec} of up "
+            f"--ask {spec}: sees pictures of up to {seen} pixels, --student {student_spec} of up "
             f"to {edge} (--longest-edge)"
         )
 

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
@@ -136,6 +136,9 @@ class InternVlImages(ImageSettings):
         return self
 
 
+Images: TypeAlias = Idefics3Images | QwenVlImages | LlavaImages | InternVlImages
+
+
 class PromptSettings(Strict):
     """How a question becomes tokens.
 
@@ -176,7 +179,7 @@ class Bundle(Strict):
     engine: Literal["llama.cpp", "onnxruntime", "openvino"]
     quantization: str
     files: tuple[File, ...]
-    image: Annotated[Idefics3Images | QwenVlImages | LlavaImages | InternVlImages, Field(discriminator="plan")]
+    image: Annotated[Images, Field(discriminator="plan")]
     prompt: PromptSettings
     source: Source
     # Outcomes of the export checks by name, e.g. {"merge": {...}, "verify": {"token_agreement": 1.0, ...}}.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from PIL.Image import Image
 from tokenizers import Tokenizer
@@ -224,7 +224,7 @@ class BundleVlm:
 
 
 def _listed(image: Source | Sources) -> Sequence[Source]:
-    return image if isinstance(image, (list, tuple)) else [cast("Source", image)]
+    return image if isinstance(image, (list, tuple)) else [image]
 
 
 def _turn(text: str, pictures: int = 1) -> Turn:

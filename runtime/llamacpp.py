@@ -48,8 +48,7 @@ def open_engine(folder: Path, bundle: Bundle, threads: int, device: str = "auto"
     `device` is `cpu`; `cuda`, `metal`, `vulkan` or `gpu` for what this build of llama.cpp offloads to; `auto` for that
     where it does, else the CPU. Raises `InputError` when it offloads to nothing.
     """
-    files = (bundle.path_of(folder, role) for role in PAIR)
-    return LlamaCpp(*files, bundle, threads, offload=_offloads(device))
+    return LlamaCpp(folder, bundle, threads, offload=_offloads(device))
 
 
 class LlamaCpp:
@@ -57,11 +56,10 @@ class LlamaCpp:
 
     name = "llama.cpp"
 
-    def __init__(
-        self, language_model: Path, mmproj: Path, bundle: Bundle, threads: int, *, offload: bool = True
-    ) -> None:
-        """Load both files, and compute on an accelerator where `offload` is on and there is one; `BundleError` when
+    def __init__(self, folder: Path, bundle: Bundle, threads: int, *, offload: bool = True) -> None:
+        """Load the pair, and compute on an accelerator where `offload` is on and there is one; `BundleError` when
         llama.cpp refuses one of the files."""
+        language_model, mmproj = (bundle.path_of(folder, role) for role in PAIR)
         silence()
         llama.llama_backend_init()
         self._model: Any = None

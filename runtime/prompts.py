@@ -142,7 +142,7 @@ class TextStream:
 class _Generation(Extension):
     """`{% generation %}`: transformers' mark around what the assistant said; it changes nothing of the text."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own type
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The block's body as it is."""

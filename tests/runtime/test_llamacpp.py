@@ -201,6 +201,5 @@ def test_an_image_token_that_the_vocabulary_lacks_is_a_bundle_error(tiled: Pair)
 
     manifest, folder = tiled.manifests["f16"], tiled.root / "f16"
     prompt = manifest.prompt.model_copy(update={"image_token": "<picture>"})
-    files = (manifest.path_of(folder, role) for role in ("language_model", "mmproj"))
     with pytest.raises(BundleError, match="<picture>"):
-        LlamaCpp(*files, manifest.model_copy(update={"prompt": prompt}), threads=1)
+        LlamaCpp(folder, manifest.model_copy(update={"prompt": prompt}), threads=1)
