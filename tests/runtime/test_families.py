@@ -1,4 +1,4 @@
-"""Every family's prompts and pixel values through a bundle's settings, against the model's own processor: no tolerance."""
+"""Every family's prompts and pixel values through a bundle's settings, against its own processor: no tolerance."""
 
 from __future__ import annotations
 
