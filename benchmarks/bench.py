@@ -16,22 +16,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
-
 from mpa_edge import __version__
 from mpa_edge.answers import metric_named
 from mpa_edge.benchmarks.display import on_terminal
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.measure import Measured, Say, measure
+from mpa_edge.benchmarks.regress import earlier, regressions
 from mpa_edge.benchmarks.report import write_report
+from mpa_edge.benchmarks.require import requirements
 from mpa_edge.benchmarks.roads import roads_of
 from mpa_edge.benchmarks.sample import Item, items_of, latency_set
-from mpa_edge.benchmarks.score import Scored, compare, first, gap_closed, score
+from mpa_edge.benchmarks.score import Scored, answered, compare, first, gap_closed, score
+from mpa_edge.benchmarks.settings import BenchConfig
 from mpa_edge.benchmarks.variants import Variant, size_bytes, variants_of
-from mpa_edge.benchmarks.verdict import verdict
+from mpa_edge.benchmarks.verdict import pareto, verdict
 from mpa_edge.benchmarks.worker import Job
 from mpa_edge.bundle import MANIFEST, read_bundle
-from mpa_edge.config import Settings
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Questions, read_questions, stratified
 from mpa_edge.records import write_atomic, write_rows
@@ -40,33 +40,7 @@ from mpa_edge.tasks import Task, task_named, task_of_bundle
 
 REPORT, RAW_ROWS = "report.json", "raw.jsonl"
 
-
-class BenchConfig(Settings):
-    """What `mpa-edge bench` does. The field `latency_n` is the flag `--latency-n`, and so on.
-
-    `bundles` are folders of exported bundles, `baselines` are `role=spec` or `spec`, where the role is teacher,
-    student, aligned or merged and the spec a folder, a hub id or a fake (`mpa_edge.fake`). `data` is a labelled test
-    set. `task` sets prompt and metric; bundles know theirs, so it is needed only without one. `limit` draws a
-    stratified sample. `latency_n` distinct pictures are timed, one at a time. `batch_size` is for the
-    accuracy part of transformers models only. `name` is what the report calls the data.
-    """
-
-    data: Path
-    bundles: tuple[str, ...] = ()
-    baselines: tuple[str, ...] = ()
-    report: Path = Path("report")
-    task: str | None = None
-    name: str | None = None
-    limit: int | None = Field(default=None, ge=1)
-    latency_n: int = Field(default=50, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    threads: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-
-    @field_validator("bundles", "baselines", mode="before")
-    @classmethod
-    def _texts(cls, values: Any) -> Any:
-        return tuple(map(str, values)) if isinstance(values, (list, tuple)) else values
+__all__ = ["BenchConfig", "bench", "report_of"]
 
 
 def bench(config: BenchConfig, say: Say | None = None) -> Path:
@@ -75,6 +49,7 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
     `say(variant, phase, done, of)` hears of the progress; without it a terminal shows bars. A variant that fails is in
     the report with its reason. Raises `InputError` for data, models or flags that cannot be used.
     """
+    before = earlier(config.compare) if config.compare else None  # read first: it may be the file that we write
     variants = variants_of(config.bundles, config.baselines)
     task = task_of(config, variants)
     questions = read_questions(config.data, store=config.report / "images")
@@ -98,7 +73,9 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
             )
             measured[variant.name] = measure(variant, job, raw, tell)
     report, scored = report_of(config, task, questions, items, variants, measured, machine)
-    write_rows(config.report / RAW_ROWS, raw_rows(items, scored, measured))
+    rows = raw_rows(items, scored, measured)
+    report["regressions"] = regressions(before, report, rows, config.seed) if before else None
+    write_rows(config.report / RAW_ROWS, rows)
     write_atomic(config.report / REPORT, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_report(config.report, report, items, scored, measured)
     return config.report / REPORT
@@ -137,7 +114,11 @@ def report_of(
     entries = [one.entry for one in scored]
     for entry in entries:
         entry["gap_closed"] = gap_closed(entries, entry)
+    for entry, best in zip(entries, pareto(entries), strict=True):
+        entry["pareto"] = best
     comparisons = compare(scored, config.seed)
+    times = {name: [row.wall_ms for row in answered(found.latency)] for name, found in measured.items()}
+    required = requirements(config.require, entries, times)
     report = {
         "schema": 1,
         "tool_version": __version__,
@@ -157,7 +138,9 @@ def report_of(
         "comparisons": comparisons,
         "roads": roads_of(variants),
         "gap_closed": gap_closed(entries, first(entries, "aligned", "merged", "full", "quantized")),
-        "verdict": verdict(entries, comparisons),
+        "requirements": required,
+        "regressions": None,
+        "verdict": verdict(entries, comparisons, required),
     }
     return report, scored
 

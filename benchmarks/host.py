@@ -12,6 +12,7 @@ from typing import Any
 from mpa_edge.runtime import available_cores
 from mpa_edge.versions import installed
 
+BUSY_FROM = 0.15  # of all cores' time; from here on, other work made the latencies of a variant too long
 PACKAGES = (
     "mpa-edge",
     "numpy",

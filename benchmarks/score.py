@@ -15,7 +15,6 @@ from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.worker import Row
 from mpa_edge.stats import Estimate, mean_interval, paired_difference, percentile
 
-BUSY_FROM = 0.15  # of all cores' time; from here on, other work made the latencies of a variant too long
 PHASES = ("preprocess", "vision", "prefill", "decode")
 
 
@@ -84,12 +83,17 @@ def estimate(found: Estimate | None) -> dict[str, Any]:
     return {"value": round(found.value, 5), "ci95": [round(found.low, 5), round(found.high, 5)], "n": found.n}
 
 
+def answered(rows: Sequence[Row]) -> list[Row]:
+    """The timed rows that count: those with an answer."""
+    return [row for row in rows if row.wall_ms is not None and row.finish_reason != "error"]
+
+
 def latency(rows: Sequence[Row]) -> dict[str, Any]:
     """Percentiles of the total by the caller's clock, and of each phase that the engine tells the median.
 
     Medians of phases do not add up to the median of the total; means do, so they are there too.
     """
-    known = [row for row in rows if row.wall_ms is not None and row.finish_reason != "error"]
+    known = answered(rows)
     times = {phase: [row.timings.get(phase) for row in known] for phase in PHASES} | {
         "total": [row.wall_ms for row in known]
     }

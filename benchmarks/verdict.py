@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
-from mpa_edge.benchmarks.score import BUSY_FROM, first
+from mpa_edge.benchmarks.host import BUSY_FROM
+from mpa_edge.benchmarks.score import first
 
 # Bundles this close to the most accurate one are as good as it, and those this close to the fastest of them as fast:
 # clocks and questions are noisy, sizes are not, so the smallest of those wins.
@@ -16,34 +17,110 @@ SLACK = 0.2
 Entry = dict[str, Any]
 
 
-def verdict(entries: Sequence[Entry], comparisons: Sequence[Entry]) -> dict[str, Any]:
-    """`pick` (a variant's name or None), `decision` (deploy, undecided, keep, none), `headline`, `summary`, `reasons`.
+def verdict(
+    entries: Sequence[Entry], comparisons: Sequence[Entry], required: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`pick` (a variant's name or None), `decision`, `headline`, `summary`, `reasons`.
 
-    deploy: the picked bundle beats the student, and the interval of the difference is above 0. keep: it is worse, and
-    the interval is below 0. undecided: neither. none: there is no bundle, or no student to beat.
+    deploy: the picked bundle beats the student, and the interval of the difference is above 0; with requirements, it
+    keeps every line and is not measurably worse than the student. keep: it is worse, and the interval is below 0.
+    undecided: neither, or no variant is known to keep every line, but one may. reject: every variant breaks a line.
+    none: there is no bundle, or no student to beat. `required` is the report's `requirements`.
     """
-    chosen = pick(entries)
-    student = first(entries, "student")
-    against = between(comparisons, student, chosen)
-    decision = decide(against)
+    chosen = pick(entries, required)
+    against = between(comparisons, first(entries, "student"), chosen)
+    status = status_of(chosen, required)
+    decision = decide(against, status)
     return {
         "pick": chosen["name"] if chosen else None,
         "decision": decision,
-        "headline": headline(decision, chosen),
+        "headline": headline(decision, chosen, status),
         "summary": summary(chosen, entries),
+        "why": why_picked(entries, chosen, required),
         "reasons": reasons(entries, comparisons, chosen),
     }
 
 
-def pick(entries: Sequence[Entry]) -> Entry | None:
-    """Of the bundles within one point of the most accurate and within a fifth of the fastest (p95), the smallest."""
-    bundles = [entry for entry in entries if entry["role"] == "bundle" and entry["accuracy"]["value"] is not None]
-    if not bundles:
+def candidates(entries: Sequence[Entry]) -> list[Entry]:
+    """What could be deployed: bundles; where none was measured, every model but the teacher."""
+    known = [entry for entry in entries if entry["accuracy"]["value"] is not None]
+    bundles = [entry for entry in known if entry["role"] == "bundle"]
+    return bundles or [entry for entry in known if entry["step"] in ("aligned", "merged", "other")]
+
+
+def eligible(entries: Sequence[Entry], required: dict[str, Any] | None) -> list[Entry]:
+    """The candidates that do best at the requirements: those that keep every line, else those that may, else all."""
+    found = candidates(entries)
+    for status in ("pass", "undecided", "unknown"):
+        if some := [entry for entry in found if required and status_of(entry, required) == status]:
+            return some
+    return found
+
+
+def status_of(entry: Entry | None, required: dict[str, Any] | None) -> str | None:
+    """A variant's status over all lines; None where nothing is required."""
+    rows = required["variants"] if required and entry else []
+    return next((row["status"] for row in rows if entry and row["name"] == entry["name"]), None)
+
+
+def pick(entries: Sequence[Entry], required: dict[str, Any] | None = None) -> Entry | None:
+    """Of the eligible within one point of the most accurate and within a fifth of the fastest (p95), the smallest."""
+    close = as_good(eligible(entries, required))
+    return min(close, key=lambda entry: (entry["size_mb"] or inf, -entry["accuracy"]["value"]), default=None)
+
+
+def as_good(found: Sequence[Entry]) -> list[Entry]:
+    """Those within one point of the most accurate one, and within a fifth of the fastest of them."""
+    best = max((entry["accuracy"]["value"] for entry in found), default=0)
+    close = [entry for entry in found if entry["accuracy"]["value"] >= best - TOLERANCE]
+    slowest = (1 + SLACK) * min(map(p95, close), default=0)
+    return [entry for entry in close if p95(entry) <= slowest]
+
+
+def pareto(entries: Sequence[Entry]) -> list[bool]:
+    """Whether no other variant is at least as good in accuracy, median time, size and memory, and better in one.
+
+    Unknown figures count as the worst.
+    """
+    costs = [
+        tuple(
+            inf if value is None else value
+            for value in (
+                None if entry["accuracy"]["value"] is None else -entry["accuracy"]["value"],
+                entry["latency_ms"]["total"]["p50"],
+                entry["size_mb"],
+                entry["peak_memory_mb"],
+            )
+        )
+        for entry in entries
+    ]
+    return [
+        own[0] < inf
+        and not any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in costs)
+        for own in costs
+    ]
+
+
+def why_picked(entries: Sequence[Entry], chosen: Entry | None, required: dict[str, Any] | None) -> str | None:
+    """The choice in words."""
+    if chosen is None:
         return None
-    best = max(entry["accuracy"]["value"] for entry in bundles)
-    close = [entry for entry in bundles if entry["accuracy"]["value"] >= best - TOLERANCE]
-    slowest = (1 + SLACK) * min(p95(entry) for entry in close)
-    return min((entry for entry in close if p95(entry) <= slowest), key=lambda entry: entry["size_mb"] or inf)
+    able, close = eligible(entries, required), as_good(eligible(entries, required))
+    status, name = status_of(chosen, required), chosen["name"]
+    noun = "bundles" if chosen["role"] == "bundle" else "models"
+    whole = {
+        "pass": f"the {len(able)} {noun} that keep every line" if len(able) > 1 else "",
+        "undecided": f"the {len(able)} {noun} that may keep every line" if len(able) > 1 else "",
+    }.get(status or "", f"{len(able)} {noun}" if len(able) > 1 else "")
+    if not whole:
+        kept = {"pass": f"the only one of the {noun} that keeps every line", "undecided": "the only one that may"}
+        return f"{name} is {kept.get(status or '', f'the only one of the {noun} that was measured')}."
+    if len(close) == 1:
+        return f"Of {whole}, {name} alone is within a point of the most accurate and a fifth of the fastest of those."
+    return (
+        f"Of {whole}, {len(close)} are within a point of the most accurate and a fifth of the fastest of those; "
+        f"{name} is the smallest of these."
+    )
 
 
 def p95(entry: Entry) -> float:
@@ -52,23 +129,36 @@ def p95(entry: Entry) -> float:
     return inf if value is None else float(value)
 
 
-def decide(against: Entry | None) -> str:
-    """What a comparison with the student says."""
+def decide(against: Entry | None, status: str | None = None) -> str:
+    """What a comparison with the student and the requirements' status say."""
+    worse = against is not None and against["ci95"][1] < 0
+    if status == "fail":
+        return "reject"
+    if status in ("undecided", "unknown"):
+        return "undecided"
     if against is None:
-        return "none"
-    low, high = against["ci95"]
-    return "deploy" if low > 0 else "keep" if high < 0 else "undecided"
+        return "deploy" if status == "pass" else "none"
+    if worse:
+        return "keep"
+    return "deploy" if status == "pass" or against["ci95"][0] > 0 else "undecided"
 
 
-def headline(decision: str, chosen: Entry | None) -> str:
+def headline(decision: str, chosen: Entry | None, status: str | None = None) -> str:
     """A few words."""
     if chosen is None:
         return "No bundle was measured, so there is nothing to deploy yet"
+    name = chosen["name"]
+    if status and decision != "keep":
+        return {
+            "deploy": f"Deploy {name}: it keeps every line",
+            "undecided": f"Undecided: {name} may keep every line, and this run cannot tell",
+            "reject": "No variant keeps every line",
+        }[decision]
     return {
-        "deploy": f"Deploy {chosen['name']}",
-        "keep": f"Do not deploy {chosen['name']}: the base student is better",
-        "undecided": f"Undecided: {chosen['name']} cannot be told from the base student",
-        "none": f"{chosen['name']} was measured, but no base student beside it",
+        "deploy": f"Deploy {name}",
+        "keep": f"Do not deploy {name}: the base student is better",
+        "undecided": f"Undecided: {name} cannot be told from the base student",
+        "none": f"{name} was measured, but no base student beside it",
     }[decision]
 
 

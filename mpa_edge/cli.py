@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mpa_edge import __version__
+from mpa_edge.benchmarks.settings import BenchOptions
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import AGAIN, MpaEdgeError
 from mpa_edge.export.quants import DEFAULTS, QUANTS
@@ -324,38 +325,31 @@ def serve(
 @app.command(
     epilog="Example: mpa-edge bench runs/shop/bundles/gguf-q8_0 --baseline teacher=Qwen/Qwen2-VL-7B-Instruct "
     "--baseline student=HuggingFaceTB/SmolVLM-500M-Instruct --data test.jsonl --report report/",
-    short_help="Score bundles beside the models they came from: a report.",
+    short_help="Score bundles beside the models they came from: a report that decides.",
 )
+@options_of(BenchOptions)
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundles to measure.")],
-    data: Annotated[Path, typer.Option(help="Labelled questions (JSONL, or a benchmark's official file).")],
-    report: Annotated[Path, typer.Option(help="Folder of the report; also holds what is already measured.")],
+    bundles: Annotated[list[Path] | None, typer.Argument(help="Bundles to measure.")] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="teacher=MODEL, student=MODEL or aligned=ADAPTER, as in align; repeatable.")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="What the questions are put and scored as.", show_default="the bundles' own")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask a stratified sample of N questions.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per variant. Default: all cores.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    **options: Any,
 ) -> None:
-    """Score bundles beside the models they came from, and write a report: HTML, Markdown and JSON."""
+    """Score bundles beside the models they came from, decide, and write a report: HTML, Markdown and JSON.
+
+    Exit codes: 0 a variant keeps every line of --require; 1 an error; 2 wrong usage; 3 none does; 4 undecided; 5
+    --compare found a regression.
+    """
     from mpa_edge.benchmarks.bench import BenchConfig
     from mpa_edge.benchmarks.bench import bench as run_bench
+    from mpa_edge.benchmarks.outcome import outcome
 
-    config = BenchConfig(
-        bundles=tuple(map(str, bundles)),
-        baselines=tuple(baseline or ()),
-        data=data,
-        report=report,
-        task=task,
-        limit=limit,
-        threads=threads,
-        seed=seed,
-    )
+    config = BenchConfig(bundles=bundles or [], baselines=baseline or [], **given(options))
     with _resumable():
-        typer.echo(f"report: {run_bench(config).with_suffix('.html')}")
+        path = run_bench(config)
+    lines, code = outcome(path)
+    typer.echo("\n".join([*lines, f"report: {path.with_suffix('.html')}"]))
+    raise typer.Exit(code)
 
 
 @app.command(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp, inf, lgamma, log, sqrt
 
 import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+Z = 1.959964  # the standard normal distribution's 97.5% point: LEVEL lies between -Z and Z
 RIGHT_FROM = 0.5  # a score counts as right from here on, where a test needs right or wrong
 
 
@@ -84,3 +86,29 @@ def percentile(values: Sequence[float | None], q: float) -> float | None:
     """The q-th percentile (0 to 100, linear between neighbours) of the known values; None where none is known."""
     known = [value for value in values if value is not None]
     return float(np.percentile(known, q)) if known else None
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share of n: it has a width where all n are alike, too."""
+    middle, half = share + Z**2 / (2 * n), Z * sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return max(0.0, (middle - half) / (1 + Z**2 / n)), min(1.0, (middle + half) / (1 + Z**2 / n))
+
+
+def quantile_interval(values: Sequence[float], q: float) -> tuple[float, float]:
+    """Distribution-free interval of the q-th quantile (0 to 1) between two of the values in order (Conover 1999, 3.2).
+
+    How many of n values lie below the quantile is binomial. Few values do not bound an outer quantile: that end is then
+    infinite (from 72 on the 95th percentile has an upper end, from 368 on the 99th). No values: both ends are.
+    """
+    ordered, n = sorted(values), len(values)
+    below, ranks = 0.0, [0, n + 1]  # ordered[rank - 1]; 0 and n + 1 are no value's
+    for k in range(n + 1):
+        if below <= (1 - LEVEL) / 2:
+            ranks[0] = k
+        ways = lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)  # as a logarithm: the number itself overflows
+        below += exp(ways + k * log(q) + (n - k) * log(1 - q))
+        if below >= (1 + LEVEL) / 2:
+            ranks[1] = k + 1
+            break
+    low, high = ranks
+    return ordered[low - 1] if low else -inf, ordered[high - 1] if high <= n else inf

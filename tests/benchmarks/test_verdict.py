@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mpa_edge.benchmarks.verdict import milliseconds, percent, pick, points, size, verdict
+from mpa_edge.benchmarks.verdict import milliseconds, pareto, percent, pick, points, size, verdict
 
 
 def entry(name: str, step: str, accuracy: float | None, p50: float = 10.0, megabytes: float = 5.0) -> dict[str, Any]:
@@ -108,3 +108,51 @@ def test_figures_are_short() -> None:
     ]  # fmt: skip
     assert [size(value) for value in (3.14, 214.6, 2140.0, None)] == ["3.1 MB", "215 MB", "2.14 GB", "–"]
     assert [percent(0.6134), percent(None)] == ["61.3%", "–"]
+
+
+def required(**status: str) -> dict[str, Any]:
+    return {"lines": [], "variants": [{"name": name, "status": one, "checks": []} for name, one in status.items()]}
+
+
+def test_requirements_come_before_size() -> None:
+    entries = [entry("f16", "full", 0.7, megabytes=8), entry("q8", "quantized", 0.7, megabytes=5)]
+    found = verdict(entries, [], required(f16="pass", q8="fail"))
+    assert (found["pick"], found["decision"]) == ("f16", "deploy")
+    assert found["headline"] == "Deploy f16: it keeps every line"
+    assert found["why"] == "f16 is the only one of the bundles that keeps every line."
+    maybe = verdict(entries, [], required(f16="undecided", q8="fail"))
+    assert (maybe["pick"], maybe["decision"]) == ("f16", "undecided")
+    none = verdict(entries, [], required(f16="fail", q8="fail"))
+    assert (none["pick"], none["decision"], none["headline"]) == ("q8", "reject", "No variant keeps every line")
+
+
+def test_lines_that_are_kept_do_not_hide_a_better_student() -> None:
+    entries = [entry("student", "student", 0.8), entry("q8", "quantized", 0.7)]
+    found = verdict(entries, [against("student", "q8", -0.1)], required(student="pass", q8="pass"))
+    assert found["decision"] == "keep"
+    assert verdict(entries, [against("student", "q8", 0.01)], required(q8="pass"))["decision"] == "deploy"
+
+
+def test_the_choice_is_told_in_words() -> None:
+    entries = [entry("f16", "full", 0.7, megabytes=8), entry("q8", "quantized", 0.7, megabytes=5)]
+    assert verdict(entries, [])["why"] == (
+        "Of 2 bundles, 2 are within a point of the most accurate and a fifth of the fastest of those; q8 is the "
+        "smallest of these."
+    )
+
+
+def test_models_are_picked_from_where_there_is_no_bundle() -> None:
+    entries = [entry("teacher", "teacher", 0.9), entry("a", "other", 0.5), entry("b", "other", 0.7)]
+    assert verdict(entries, [])["pick"] == "b"
+
+
+def test_the_front_holds_what_nothing_beats_in_everything() -> None:
+    entries = [
+        entry("best", "full", 0.9, p50=100, megabytes=50),
+        entry("quick", "full", 0.5, p50=10, megabytes=50),
+        entry("beaten", "full", 0.5, p50=20, megabytes=50),
+        entry("small", "full", 0.4, p50=200, megabytes=5),
+        entry("broken", "full", None, p50=1, megabytes=1),
+    ]
+    assert pareto(entries) == [True, True, False, True, False]
+    assert pareto([entry("a", "full", 0.5), entry("b", "full", 0.5)]) == [True, True]
