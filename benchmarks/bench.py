@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from mpa_edge.benchmarks.report import write_report
 from mpa_edge.benchmarks.require import requirements
 from mpa_edge.benchmarks.roads import roads_of
 from mpa_edge.benchmarks.sample import Item, items_of, latency_set
-from mpa_edge.benchmarks.score import Scored, answered, compare, first, gap_closed, score
+from mpa_edge.benchmarks.score import Scored, answered, beside_both_ends, compare, first, gap_closed, score
 from mpa_edge.benchmarks.settings import BenchConfig
 from mpa_edge.benchmarks.variants import Variant, size_bytes, variants_of
 from mpa_edge.benchmarks.verdict import pareto, verdict
@@ -52,7 +53,7 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
     before = earlier(config.compare) if config.compare else None  # read first: it may be the file that we write
     variants = variants_of(config.bundles, config.baselines)
     task = task_of(config, variants)
-    questions = read_questions(config.data, store=config.report / "images")
+    questions = questions_of(config.data, config.report / "images")
     asked = stratified(questions, config.limit, config.seed)
     items = items_of(asked, task.prompt)
     warm_up, timed = latency_set(items_of(questions, task.prompt), config.latency_n, config.seed)
@@ -79,6 +80,15 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
     write_atomic(config.report / REPORT, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_report(config.report, report, items, scored, measured)
     return config.report / REPORT
+
+
+def questions_of(paths: Sequence[Path], store: Path) -> Questions:
+    """The questions of all files; where there are several, their ids begin with the file's name."""
+    if len(paths) == 1:
+        return read_questions(paths[0], store=store)
+    parts = [read_questions(path, store=store) for path in paths]
+    named = [replace(one, id=f"{path.stem}/{one.id}") for path, part in zip(paths, parts, strict=True) for one in part]
+    return Questions(named, [skipped for part in parts for skipped in part.skipped])
 
 
 def task_of(config: BenchConfig, variants: Sequence[Variant]) -> Task:
@@ -112,18 +122,18 @@ def report_of(
         for variant in variants
     ]
     entries = [one.entry for one in scored]
-    for entry in entries:
-        entry["gap_closed"] = gap_closed(entries, entry)
+    beside_both_ends(scored, measured, items, config.seed)
     for entry, best in zip(entries, pareto(entries), strict=True):
         entry["pareto"] = best
     comparisons = compare(scored, config.seed)
     times = {name: [row.wall_ms for row in answered(found.latency)] for name, found in measured.items()}
     required = requirements(config.require, entries, times)
+    about = about_data(config, questions, items)
     report = {
         "schema": 1,
         "tool_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "data": about_data(config, questions, items),
+        "data": about,
         "task": {"name": task.name, "metric": task.metric, "question_template": task.question_template},
         "settings": {
             "threads": config.threads or available_cores(),
@@ -140,7 +150,7 @@ def report_of(
         "gap_closed": gap_closed(entries, first(entries, "aligned", "merged", "full", "quantized")),
         "requirements": required,
         "regressions": None,
-        "verdict": verdict(entries, comparisons, required),
+        "verdict": verdict(entries, comparisons, required, data=about),
     }
     return report, scored
 
@@ -151,7 +161,7 @@ def about_data(config: BenchConfig, questions: Questions, items: Sequence[Item])
     groups = {item.question.kind: item.question.group for item in items}
     content = [(item.ask.key, *item.question.answers) for item in items]
     return {
-        "name": config.name or config.data.stem,
+        "name": config.name or " + ".join(path.stem for path in config.data),
         "n": len(items),
         "of": len(questions),
         "pictures": len({item.picture for item in items}),

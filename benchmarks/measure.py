@@ -55,12 +55,12 @@ def folder_name(variant: Variant, job: Job, digest: str | None) -> str:
 
 
 def is_complete(folder: Path, job: Job) -> bool:
-    """Whether there is nothing left to measure."""
+    """Whether there is nothing left to measure; an answer that did not come is left."""
     about = read_json(folder / MEASURED)
     if not about.get("done"):
         return False
     timed = [row.key for row in whole_rows(folder / LATENCY)]
-    answered = {row.key for row in whole_rows(folder / ANSWERS)}
+    answered = {row.key for row in whole_rows(folder / ANSWERS) if row.finish_reason != "error"}
     return timed == [ask["key"] for ask in job.latency] and answered >= {ask["key"] for ask in job.accuracy}
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from mpa_edge.answers import Metric, metric_named
+from mpa_edge.answers import Metric, exact_match, metric_named
 from mpa_edge.benchmarks.measure import Measured
 from mpa_edge.benchmarks.sample import Item
 from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.worker import Row
-from mpa_edge.stats import Estimate, mean_interval, paired_difference, percentile
+from mpa_edge.stats import Estimate, mean_interval, paired_difference, percentile, ratio_interval
 
 PHASES = ("preprocess", "vision", "prefill", "decode")
 
@@ -159,6 +159,45 @@ def gap_closed(entries: Sequence[dict[str, Any]], of: dict[str, Any] | None) -> 
         return None
     x, low, high = values
     return round((x - low) / (high - low), 5) if high > low else None
+
+
+def beside_both_ends(
+    scored: Sequence[Scored], measured: Mapping[str, Measured], items: Sequence[Item], seed: int
+) -> None:
+    """Add to each entry what needs teacher and student: `gap_closed` with `gap_ci95`, and `agreement`."""
+    entries = [one.entry for one in scored]
+    usable = {one.variant.step: one for one in reversed(scored) if one.scores}
+    teacher, student = usable.get("teacher"), usable.get("student")
+    for one in scored:
+        one.entry["gap_closed"] = gap_closed(entries, one.entry)
+        one.entry["gap_ci95"] = gap_interval(teacher, student, one, seed)
+        one.entry["agreement"] = agreement(teacher, one, measured, items, seed)
+
+
+def gap_interval(teacher: Scored | None, student: Scored | None, one: Scored, seed: int) -> list[float] | None:
+    """The interval of the share of the gap that is closed; None where the teacher is not measurably ahead."""
+    if teacher is None or student is None or not one.scores:
+        return None
+    gained = [x - low for x, low in zip(one.scores, student.scores, strict=True)]
+    gap = [high - low for high, low in zip(teacher.scores, student.scores, strict=True)]
+    found = ratio_interval(gained, gap, seed=seed)
+    return [round(found.low, 5), round(found.high, 5)] if found else None
+
+
+def agreement(
+    teacher: Scored | None, one: Scored, measured: Mapping[str, Measured], items: Sequence[Item], seed: int
+) -> dict[str, Any] | None:
+    """The share of the teacher's answers that this variant gives too, right or wrong, after `normalize_vqa`."""
+    if teacher is None or one is teacher or not one.scores:
+        return None
+    wanted, given = (measured[name].answers for name in (teacher.variant.name, one.variant.name))
+    keys = [item.ask.key for item in items if wanted[item.ask.key].finish_reason != "error"]
+    return estimate(mean_interval([same_answer(wanted[key], given[key]) for key in keys], seed=seed))
+
+
+def same_answer(a: Row, b: Row) -> float:
+    """Whether two rows say the same; an answer that did not come says nothing."""
+    return 0.0 if b.finish_reason == "error" else exact_match(b.text, [a.text])
 
 
 def first(entries: Sequence[dict[str, Any]], *steps: str) -> dict[str, Any] | None:

@@ -16,7 +16,9 @@ DECISION, ACCURACY, LATENCY = "Decision", "Accuracy", "Latency"
 class BenchOptions(Settings):
     """What the flags of `mpa-edge bench` say: the field `latency_n` is the flag `--latency-n`, and so on."""
 
-    data: Path = setting(help="Labelled questions (JSONL, a table, or a benchmark's official file).")
+    data: tuple[Path, ...] = setting(
+        help="Labelled questions (JSONL, a table, or a benchmark's official file); repeat to put several together."
+    )
     report: Path = setting(Path("report"), help="Folder of the report; also holds what is already measured.")
     task: str | None = setting(None, help="What the questions are put and scored as.", shown="the bundles' own")
 
@@ -31,6 +33,11 @@ class BenchOptions(Settings):
     # From 72 timings on a 95% interval of the 95th percentile has an upper end.
     latency_n: int = setting(100, LATENCY, ge=1, help="Time so many distinct pictures, one at a time.")
     threads: int | None = setting(None, LATENCY, ge=1, help="CPU threads per variant.", shown="all cores")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) else value
 
     @field_validator("require")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
+from math import inf, sqrt
 from typing import Any
 
 from mpa_edge.benchmarks.host import BUSY_FROM
@@ -18,14 +18,19 @@ Entry = dict[str, Any]
 
 
 def verdict(
-    entries: Sequence[Entry], comparisons: Sequence[Entry], required: dict[str, Any] | None = None
+    entries: Sequence[Entry],
+    comparisons: Sequence[Entry],
+    required: dict[str, Any] | None = None,
+    *,
+    data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`pick` (a variant's name or None), `decision`, `headline`, `summary`, `reasons`.
 
     deploy: the picked bundle beats the student, and the interval of the difference is above 0; with requirements, it
     keeps every line and is not measurably worse than the student. keep: it is worse, and the interval is below 0.
     undecided: neither, or no variant is known to keep every line, but one may. reject: every variant breaks a line.
-    none: there is no bundle, or no student to beat. `required` is the report's `requirements`.
+    none: there is no bundle, or no student to beat. `required` is the report's `requirements`,
+    `data` its `data`.
     """
     chosen = pick(entries, required)
     against = between(comparisons, first(entries, "student"), chosen)
@@ -37,7 +42,7 @@ def verdict(
         "headline": headline(decision, chosen, status),
         "summary": summary(chosen, entries),
         "why": why_picked(entries, chosen, required),
-        "reasons": reasons(entries, comparisons, chosen),
+        "reasons": reasons(entries, comparisons, chosen, data),
     }
 
 
@@ -181,12 +186,15 @@ def summary(chosen: Entry | None, entries: Sequence[Entry]) -> str | None:
     return f"{said}{', at ' if costs else ''}{' and '.join(costs)}."
 
 
-def reasons(entries: Sequence[Entry], comparisons: Sequence[Entry], chosen: Entry | None) -> list[str]:
-    """What each step did, in the road's order."""
+def reasons(
+    entries: Sequence[Entry], comparisons: Sequence[Entry], chosen: Entry | None, data: dict[str, Any] | None = None
+) -> list[str]:
+    """What each step did, in the road's order, and what should be known of the figures."""
     said = [
         alignment(entries, comparisons),
         conversion(entries, comparisons),
         beside_teacher(entries, chosen),
+        cost_of_sample(chosen, data),
         disturbance(entries),
         *(f"{entry['name']} failed: {entry['failed']}." for entry in entries if entry["failed"]),
     ]
@@ -235,6 +243,18 @@ def beside_teacher(entries: Sequence[Entry], chosen: Entry | None) -> str | None
     ]
     told = [f"{large / small:.1f}× {word}" for word, large, small in ratios if large and small and large > small]
     return f"Beside the teacher, {chosen['name']} is {', '.join(told)}." if told else None
+
+
+def cost_of_sample(chosen: Entry | None, data: dict[str, Any] | None) -> str | None:
+    """What `--limit` costs: intervals narrow with the square root of the number of questions."""
+    if chosen is None or data is None or data["n"] >= data["of"]:
+        return None
+    low, high = chosen["accuracy"]["ci95"]
+    half = 50 * (high - low)
+    return (
+        f"{data['n']:,} of {data['of']:,} questions were asked, a stratified sample: {chosen['name']}'s accuracy is known "
+        f"to about ±{half:.1f} points; all of them would make that ±{half / sqrt(data['of'] / data['n']):.1f}."
+    )
 
 
 def disturbance(entries: Sequence[Entry]) -> str | None:

@@ -26,7 +26,7 @@ from typing import IO, Any
 from mpa_edge.benchmarks.host import memory_mb, peak_memory_bytes, watch_others
 from mpa_edge.bundle import MANIFEST
 from mpa_edge.errors import ImageError, MpaEdgeError
-from mpa_edge.records import Record, read_rows, write_atomic
+from mpa_edge.records import Record, read_rows, write_atomic, write_rows
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
 
@@ -205,8 +205,14 @@ def side_by_side(vlm: Vlm, job: Job, peak: int | None) -> Iterator[list[Vlm]]:
 def collect_answers(
     vlms: Sequence[Vlm], wanted: Sequence[Ask], decoding: Decoding, batch: int, path: Path, say: Say
 ) -> None:
-    """Answer what has no row yet; each batch is on disk as soon as it is answered."""
-    there = {row.key for row in whole_rows(path)}
+    """Answer what has no answer yet; each batch is on disk as soon as it is answered.
+
+    An answer that did not come (a server that timed out, memory that ran out) is asked for again.
+    """
+    rows = whole_rows(path)
+    there = {row.key for row in rows if row.finish_reason != "error"}
+    if len(there) < len(rows):
+        write_rows(path, [row.to_json() for row in rows if row.finish_reason != "error"])
     missing = list({ask.key: ask for ask in wanted if ask.key not in there}.values())
     done = len(wanted) - len(missing)
     say("accuracy", done, len(wanted))

@@ -66,6 +66,29 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) 
     return Difference(estimate.value, estimate.low, estimate.high, mcnemar(first, second), estimate.n)
 
 
+def ratio_interval(
+    above: Sequence[float], below: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate | None:
+    """Ratio of two sums over the same rows with its percentile bootstrap interval, in which the rows are resampled.
+
+    None where the lower sum is not measurably above 0 (more than 2.5% of the resamples have it at 0 or less): then no
+    interval holds the ratio. Raises `ValueError` for lists of different lengths.
+    """
+    if len(above) != len(below):
+        raise ValueError(f"paired values need one length, not {len(above)} and {len(below)}")
+    if not len(above) or sum(below) <= 0:
+        return None
+    pairs = np.column_stack([np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)])
+    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
+    n = int(counts.sum())
+    sums = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ pairs
+    usable = sums[sums[:, 1] > 0]
+    if len(usable) < 0.5 * (1 + LEVEL) * resamples:
+        return None
+    low, high = np.percentile(usable[:, 0] / usable[:, 1], [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Estimate(sum(above) / sum(below), float(low), float(high), n)
+
+
 def mcnemar(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Two-sided p-value of McNemar's exact test that a and b are right equally often (a score of 0.5 or more is right).
 
