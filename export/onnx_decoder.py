@@ -5,7 +5,7 @@ present.{i}.key|value`; the past is empty at prefill. `position_ids` are (batch,
 Qwen2-VL and its kin. One more input has a default and may be left out:
 `num_logits_to_keep` (transformers.js' name), the number of last positions whose logits are wanted, 0 for all. Attention
 is one fused `com.microsoft.GroupQueryAttention` per layer, which reads the mask as a length: prompts of one batch must
-have no padding.
+have no padding; positions of one axis count from 0 where the cache is empty, whatever `position_ids` say.
 """
 
 from __future__ import annotations

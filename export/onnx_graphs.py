@@ -7,6 +7,7 @@ graphs are float32.
 from __future__ import annotations
 
 import gc
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from mpa_edge.export.onnx_decoder import decoder_graph, mrope_sections, save_tex
 from mpa_edge.export.onnx_save import IR_VERSION, OPSET, open_graph, save_graph
 from mpa_edge.export.onnx_vision import VISION_ENCODERS, reference_features, vision_graph
 from mpa_edge.export.quiet import quiet
+from mpa_edge.records import write_atomic
 
 VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 # Float32 on both sides, so only the order of additions differs; 1e-4 of the largest value is far above that (1e-6 seen)
@@ -60,10 +62,11 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
         save_graph(embedding_graph(model.get_input_embeddings().weight), paths[EMBED])
         save_text_model(model, merged, text)
         _drop_text_model(model)
+        save_graph(decoder_graph(text, config, Path(scratch, "built")), paths[DECODER])
+        # Last of all: torch holds on to the weights of what it has exported.
         samples[VISION] = _save_vision(model.float(), family, paths[VISION])
         del model
         gc.collect()
-        save_graph(decoder_graph(text, config, Path(scratch, "built")), paths[DECODER])
         differences = {
             VISION: difference(paths[VISION], samples[VISION]),
             EMBED: difference(paths[EMBED], samples[EMBED]),
@@ -72,6 +75,15 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
     for name, found in differences.items():
         if not found <= TOLERANCE:  # NaN fails too
             raise ExportError(f"{name}.onnx differs from the model by {found:.2g} of its largest output")
+    return differences
+
+
+def graphs_once(merged: Path, folder: Path) -> dict[str, float]:
+    """As `export_graphs`, unless they are there: notes are written last and vouch for them."""
+    notes = folder / "differences.json"
+    if not notes.is_file():
+        write_atomic(notes, json.dumps(export_graphs(merged, folder)))
+    differences: dict[str, float] = json.loads(notes.read_text())
     return differences
 
 
@@ -109,7 +121,7 @@ def decoder_sample(model: Any) -> Sample:
         positions[:, 0, 5:17] = 5 + torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(3)).T
         positions[:, 0, 17:] -= 8
     text = text_model(model)
-    with _in_float32([*text.layers, text.norm, model.lm_head]):
+    with _in_float32(text, model.lm_head):
         states = text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
         logits = model.lm_head(states)
     return Sample({"inputs_embeds": embeds.numpy(), "position_ids": positions.numpy()}, logits.numpy())
@@ -160,29 +172,25 @@ def _drop_text_model(model: Any) -> None:
 
 
 @contextmanager
-def _in_float32(modules: list[Any]) -> Iterator[None]:
-    """Let modules compute in float32, each with weights that are converted while it runs."""
+def _in_float32(*parts: Any) -> Iterator[None]:
+    """Let parts of a model compute in float32, with the weights of one layer at a time converted while it runs."""
+    kept: dict[Any, list[tuple[Any, Any]]] = {}
 
     def widen(module: Any, _: Any) -> None:
-        for parameter in module.parameters():
-            kept.append((parameter, parameter.data))
-            parameter.data = parameter.data.float()
+        kept[module] = [(parameter, parameter.data) for parameter in module.parameters(recurse=False)]
+        for parameter, data in kept[module]:
+            parameter.data = data.float()
 
-    def restore(*_: Any) -> None:
-        while kept:
-            parameter, data = kept.pop()
+    def restore(module: Any, *_: Any) -> None:
+        for parameter, data in kept.pop(module):
             parameter.data = data
 
-    kept: list[tuple[Any, Any]] = []
-    hooks = [
-        hook
-        for module in modules
-        for hook in (module.register_forward_pre_hook(widen), module.register_forward_hook(restore))
-    ]
+    modules = [module for part in parts for module in part.modules()]
+    hooks = [module.register_forward_pre_hook(widen) for module in modules]
+    hooks += [module.register_forward_hook(restore) for module in modules]
     try:
         yield
     finally:
-        restore()
         for hook in hooks:
             hook.remove()
 

@@ -24,10 +24,9 @@ import onnx
 from mpa_edge.bundle import File, Role, describe_file
 from mpa_edge.errors import InputError
 from mpa_edge.export.onnx_features import feature_error
-from mpa_edge.export.onnx_graphs import DECODER, EMBED, VISION, export_graphs
+from mpa_edge.export.onnx_graphs import DECODER, EMBED, VISION, graphs_once
 from mpa_edge.export.onnx_processor import write_json, write_processor
 from mpa_edge.export.onnx_quantize import PRECISIONS, Precision, convert
-from mpa_edge.records import write_atomic
 
 CONFIG = "config.json"
 ROLES: dict[str, Role] = {VISION: "vision_encoder", EMBED: "embed_tokens", DECODER: "decoder"}
@@ -54,7 +53,7 @@ def to_onnx(
     with ExitStack() as stack:
         if graphs is None:
             graphs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpa-edge-")))
-        differences = _graphs_once(merged, graphs)
+        differences = graphs_once(merged, graphs)
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
         for name, precision in precisions.items():
             _write_graph(graphs / f"{name}.onnx", folder / _path(name, precision), precision)
@@ -84,15 +83,6 @@ def graph_precisions(quant: str, quantize_vision: bool = False) -> dict[str, Pre
 
 def _path(name: str, precision: Precision) -> str:
     return f"onnx/{name}{precision.suffix}.onnx"
-
-
-def _graphs_once(merged: Path, graphs: Path) -> dict[str, float]:
-    """The float32 graphs in `graphs`, made unless they are there; the notes are written last and vouch for them."""
-    notes = graphs / "differences.json"
-    if not notes.is_file():
-        write_atomic(notes, json.dumps(export_graphs(merged, graphs)))
-    differences: dict[str, float] = json.loads(notes.read_text())
-    return differences
 
 
 def _write_graph(source: Path, target: Path, precision: Precision) -> None:
