@@ -62,7 +62,7 @@ class Ours:
     def __init__(self, job: Job) -> None:
         from mpa_edge.runtime import load
 
-        self._vlm = load(job.path, threads=job.threads)
+        self._vlm = load(job.path, device="cpu", threads=job.threads)
 
     def ask(self, picture: Path, question: str, tokens: int) -> Told:
         """See `Way.ask`."""

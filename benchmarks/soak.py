@@ -2,9 +2,9 @@
 
     python -m mpa_edge.benchmarks.soak                     writes benchmarks/results/soak.json
 
-The reference student in GGUF and in ONNX, each in a process of its own. Every picture is another one, drawn on the
-spot, of a size of its own, and asked two questions; `rss_mb` is the process's resident memory after so many pictures,
-and `growth` what the last adds to that after the first 50, as a fraction.
+The reference student in GGUF and in ONNX, each in a process of its own. Every picture is another file, of a size of
+its own, and asked two questions; `rss_mb` is the process's resident memory after so many pictures, and `growth` what
+the last adds to that after the first 50, as a fraction.
 
 Features of recent pictures are kept on purpose, up to `cache_mb`. In the first run of each bundle that is so little
 that it is full after 50 pictures, and what grows then is lost; the second is with the default, which takes hundreds of
@@ -13,7 +13,6 @@ pictures to fill.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -21,13 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 
 from mpa_edge.benchmarks.host import host, resident_bytes
 from mpa_edge.benchmarks.reference import STUDENT
@@ -57,19 +55,18 @@ def main(
     pictures: Annotated[int, typer.Option(help="Pictures per bundle.", min=SETTLED)] = 1000,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine. Default: all cores.")] = None,
     one: Annotated[int | None, typer.Option(hidden=True)] = None,
+    files: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure each bundle and write the figures."""
-    if one is not None and bundle:
-        typer.echo(json.dumps(soak(bundle[0], pictures, cache_mb=one, threads=threads)))
+    if one is not None and bundle and files:
+        typer.echo(json.dumps(soak(bundle[0], sorted(files.iterdir()), cache_mb=one, threads=threads)))
         return
     found = []
-    with ExitStack() as stack:
-        if not bundle:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            bundle = list(write_bundles(STUDENT, folder, QUANTS).values())
-        for folder in bundle:
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = write_pictures(Path(scratch) / "pictures", pictures)
+        for folder in bundle or write_bundles(STUDENT, Path(scratch), QUANTS).values():
             for cache_mb in (FULL_MB, CACHE_MB):
-                found.append(_in_a_process(folder, pictures, cache_mb, threads))
+                found.append(_in_a_process(folder, drawn, cache_mb, threads))
                 typer.echo(told(found[-1]))
     result = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -82,35 +79,36 @@ def main(
     write_atomic(out, json.dumps(result, indent=2) + "\n")
 
 
-def soak(folder: Path, pictures: int, *, cache_mb: int, threads: int | None = None) -> dict[str, Any]:
-    """Ask about so many pictures in this process; `rss_mb` by the number of pictures so far."""
+def soak(folder: Path, pictures: Sequence[Path], *, cache_mb: int, threads: int | None = None) -> dict[str, Any]:
+    """Ask about pictures in this process; `rss_mb` by the number of pictures so far."""
     rss: dict[int, float | None] = {}
     start = time.perf_counter()
-    with load(folder, threads=threads, cache_mb=cache_mb) as vlm:
+    with load(folder, device="cpu", threads=threads, cache_mb=cache_mb) as vlm:
         rss[0] = megabytes(resident_bytes())
-        for number in range(1, pictures + 1):
-            image = picture(number)
+        for number, path in enumerate(pictures, 1):
             for question in QUESTIONS:
-                vlm.ask(image, question)
-            if number % EVERY == 0 or number == pictures:
-                gc.collect()
+                vlm.ask(path, question)
+            if number % EVERY == 0 or number == len(pictures):
                 rss[number] = megabytes(resident_bytes())
-    first, last = rss[SETTLED], rss[pictures]
+    first, last = rss[SETTLED], rss[len(pictures)]
     return {
         "bundle": folder.name,
         "cache_mb": cache_mb,
-        "pictures": pictures,
+        "pictures": len(pictures),
         "seconds": round(time.perf_counter() - start, 1),
         "growth": round(last / first - 1, 4) if first and last else None,
         "rss_mb": rss,
     }
 
 
-def picture(number: int) -> Image.Image:
-    """The picture with this number, of another size than most."""
-    rng = random.Random(number)
-    image = draw_picture(POOL_SEEDS.start + number % len(POOL_SEEDS), World.TARGET).image
-    return image.resize((rng.randint(*EDGES), rng.randint(*EDGES)))
+def write_pictures(folder: Path, count: int) -> Path:
+    """Draw the first pictures of the pool, each in another size; the folder."""
+    folder.mkdir()
+    for number, seed in enumerate(POOL_SEEDS[:count]):
+        rng = random.Random(number)
+        image = draw_picture(seed, World.TARGET).image.resize((rng.randint(*EDGES), rng.randint(*EDGES)))
+        image.save(folder / f"{number:05d}.jpg")
+    return folder
 
 
 def told(row: dict[str, Any]) -> str:
@@ -120,9 +118,9 @@ def told(row: dict[str, Any]) -> str:
     return f"{row['bundle']}, {row['cache_mb']} MB kept at most: {growth} since picture {SETTLED}; {curve}"
 
 
-def _in_a_process(folder: Path, pictures: int, cache_mb: int, threads: int | None) -> dict[str, Any]:
+def _in_a_process(folder: Path, pictures: Path, cache_mb: int, threads: int | None) -> dict[str, Any]:
     command = [sys.executable, "-m", "mpa_edge.benchmarks.soak", "--one", str(cache_mb), "--bundle", str(folder)]
-    command += ["--pictures", str(pictures), *(["--threads", str(threads)] if threads else [])]
+    command += ["--files", str(pictures), *(["--threads", str(threads)] if threads else [])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -32,3 +32,11 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_one_tile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GGUF bundle of random weights."""
+    from mpa_edge.benchmarks.runtime_bundles import write_bundles
+
+    return write_bundles(tiny_one_tile, tmp_path_factory.mktemp("bundles"), {"gguf": ["f16"]})["gguf-f16"]
