@@ -22,7 +22,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
         count = int(self._get(orig_offs + 4, np.uint64)[0])
         place = orig_offs + 12
         if kind == gguf.GGUFValueType.STRING:
-            data = memoryview(self.data)
+            data: Any = memoryview(self.data)  # type: ignore[arg-type]
             for _ in range(count):
                 place += 8 + int.from_bytes(data[place : place + 8], "little")
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -87,7 +88,7 @@ def _around_question(bundle: Bundle) -> tuple[str, str]:
     text = bundle.prompt.question_template.replace("{question}", SLOT)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     template = bundle.prompt.chat_template
-    rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
+    rendered: Any = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)[0]
     marks = rf"(<\|vision_start\|>)?{re.escape(bundle.prompt.image_token)}(<\|vision_end\|>)?\s*"
     before, _, after = re.sub(marks, "", rendered[0]).partition(SLOT)
     return before, after

@@ -120,7 +120,7 @@ def metadata(title: str, merged: Merged, scores: Scores | None, carried: Mapping
     base = source.student if is_hub_id(source.student) else None
     here = scores.here if scores else None
     result = [eval_result(scores, here)] if scores and here else None
-    more = {"base_model_relation": "finetune"} if base and merged.run else {}
+    more: dict[str, Any] = {"base_model_relation": "finetune"} if base and merged.run else {}
     data = ModelCardData(
         base_model=base,
         eval_results=result,

@@ -68,7 +68,7 @@ def _files(folder: Path) -> tuple[tuple[str, int], ...]:
 
 def _check_name(name: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)

@@ -113,6 +113,7 @@ def _convert_text(merged: Path, scratch: Path, names: Names) -> Path:
 
     class Converter(converter):  # type: ignore[misc, valid-type]
         model_arch = converter.model_arch
+        ftype: gguf.LlamaFileType
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
