@@ -136,7 +136,7 @@ def _times(repeats: int, once: Callable[[], Any]) -> list[Any]:
 
 
 def _medians(rows: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
-    columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+    columns = {name: [value for row in rows if (value := row[name]) is not None] for name in rows[0]}
     return {name: round(median(values), 4) if values else None for name, values in columns.items()}
 
 

@@ -38,7 +38,8 @@ from mpa_edge.benchmarks.bandwidth import bytes_per_token, stream_copy
 from mpa_edge.benchmarks.host import host, watch_others
 from mpa_edge.benchmarks.reference import STUDENT, write_pool
 from mpa_edge.benchmarks.runtime_bundles import write_bundles
-from mpa_edge.benchmarks.runtime_turns import ANSWER_TOKENS, QUESTIONS, Job, Times, middle, take_turns
+from mpa_edge.benchmarks.runtime_turns import ANSWER_TOKENS, QUESTIONS, Times, middle, take_turns
+from mpa_edge.benchmarks.runtime_ways import Job
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.records import write_atomic
 from mpa_edge.runtime import available_cores

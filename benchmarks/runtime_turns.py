@@ -127,19 +127,26 @@ def megabytes(count: int | None) -> float | None:
 
 def start(job: Job, picture: Path) -> tuple[Process, Times]:
     """Start a way and warm it up; once more without llama.cpp's extra buffers when it crashes with them."""
+    try:
+        return _started(job, picture)
+    except WayFailed as error:
+        if not error.crashed or not job.extra_buffers or job.way == "ours":
+            raise
+    process, times = _started(replace(job, extra_buffers=False), picture)
+    times.note = CRASHED
+    return process, times
+
+
+def _started(job: Job, picture: Path) -> tuple[Process, Times]:
     process = Process(job)
     try:
         cold = process("ask", picture, QUESTIONS[0], ANSWER_TOKENS)
         process("ask", picture, QUESTIONS[1], ANSWER_TOKENS)
-    except WayFailed as error:
+    except WayFailed:
         process.close()
-        if not error.crashed or not job.extra_buffers or job.way == "ours":
-            raise
-        process, times = start(replace(job, extra_buffers=False), picture)
-        times.note = CRASHED
-        return process, times
+        raise
     times = Times(process.start_s, process.ready["load_s"], cold["seconds"], process.ready["rss"])
-    times.prompt_tokens = cold.get("prompt_tokens")
+    times.prompt_tokens = cold["prompt_tokens"]
     return process, times
 
 

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -91,7 +92,7 @@ class Handler:
         bundle, model, mmproj = _pair(job)
         if not job.extra_buffers:
             without_extra_buffers()
-        self._llama = Llama(
+        self._llama: Any = Llama(
             model_path=str(model),
             chat_handler=MTMDChatHandler(clip_model_path=str(mmproj), verbose=False),
             n_ctx=bundle.prompt.context_length,
@@ -120,8 +121,8 @@ class Transformers:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         torch.set_num_threads(job.threads)
-        self._processor = AutoProcessor.from_pretrained(job.path)
-        self._model = AutoModelForImageTextToText.from_pretrained(job.path, dtype=torch.float32).eval()
+        self._processor: Any = AutoProcessor.from_pretrained(job.path)
+        self._model: Any = AutoModelForImageTextToText.from_pretrained(job.path, dtype=torch.float32).eval()
 
     def ask(self, picture: Path, question: str, tokens: int) -> Told:
         """See `Way.ask`."""
@@ -173,10 +174,9 @@ class Loop:
     defaults, on top of a cache of `depth` tokens; nothing is sampled."""
 
     def __init__(self, job: Job) -> None:
-        import llama_cpp.llama_cpp as llama
-
         from mpa_edge.runtime.llamacpp import silence
 
+        llama = _bindings()
         silence()
         llama.llama_backend_init()
         bundle, model, _ = _pair(job)
@@ -216,8 +216,7 @@ WAYS: dict[str, Any] = {"ours": Ours, "handler": Handler, "transformers": Transf
 def without_extra_buffers() -> None:
     """Load models as `mpa_edge.runtime.llamacpp` does where llama.cpp was compiled for Intel's AMX by GCC 12 or older:
     its defaults crash there, and neither `Llama` nor its handlers offer the switch."""
-    import llama_cpp.llama_cpp as llama
-
+    llama = _bindings()
     defaults = llama.llama_model_default_params
 
     def params() -> Any:
@@ -226,6 +225,11 @@ def without_extra_buffers() -> None:
         return found
 
     llama.llama_model_default_params = params
+
+
+def _bindings() -> Any:
+    """llama-cpp-python's low-level bindings; what is changed there changes its `Llama` too."""
+    return import_module("llama_cpp.llama_cpp")
 
 
 def _pair(job: Job) -> tuple[Bundle, Path, Path]:

@@ -11,7 +11,8 @@ from mpa_edge.benchmarks import llamacpp_program, runtime_speed
 from mpa_edge.benchmarks.bandwidth import bytes_per_token, stream_copy
 from mpa_edge.benchmarks.reference import write_pool
 from mpa_edge.benchmarks.runtime_speed import OUT, onnx_to_gguf, ratios
-from mpa_edge.benchmarks.runtime_turns import Job, Times, take_turns
+from mpa_edge.benchmarks.runtime_turns import Times, take_turns
+from mpa_edge.benchmarks.runtime_ways import Job
 from mpa_edge.bundle import read_bundle
 
 RATIOS = {"first_vs_handler", "followup_vs_handler", "decode_vs_llamacpp", "onnx_vs_gguf", "decode_vs_bandwidth"}
