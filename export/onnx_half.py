@@ -3,6 +3,9 @@
 What has no place in float16 stays float32: squares inside a norm, which overflow from 256 on, and positions on their
 way to an angle or an index, since a float16 counts to 2048 only. The converter of ONNX Runtime and onnxconverter-common
 can be told of such nodes, but rounds between two neighbours of them, and writes a Cast twice that both need.
+
+On a CPU, ONNX Runtime (1.22 to 1.31) has float16 kernels for attention, norms and quantized products. Plain products it
+computes in float32 and widens their weights when it loads them: there fp16 halves the file, not the memory.
 """
 
 from __future__ import annotations

@@ -47,7 +47,6 @@ PRECISIONS = {
     "q4f16": Precision("q4f16", bits=4, symmetric=False, half=True),
 }
 BLOCK = 32
-
 # Activations are rounded to 8 bits within blocks, for which ONNX Runtime has kernels on x86 and ARM. With float32
 # activations (level 0) the 8-bit kernel decoded 8 to 10 times slower than float32 itself.
 ACCURACY_LEVEL = 4
