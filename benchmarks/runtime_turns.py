@@ -112,7 +112,7 @@ class Times:
 
 
 RAW = ("first_s", "followup_s", "decode_per_s")
-CRASHED = "llama.cpp's defaults crash here (compiled for Intel's AMX by GCC 12 or older); measured without them"
+CRASHED = "llama.cpp's defaults crash here, as where GCC 12 or older compiled it for Intel's AMX; measured without them"
 
 
 def middle(values: Sequence[float]) -> float | None:
