@@ -1,8 +1,8 @@
-"""Bundles to measure: converted as export does it, without its checks of the answers, which random weights have none
-of."""
+"""Bundles to measure: converted as export does it, without comparing answers, which mean nothing of random weights."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ def _converted(kind: str, model: Path, folders: Mapping[str, Path]) -> dict[str,
         return {quant: files for quant, (files, _) in to_gguf(model, folders, Names(model.name)).items()}
     from mpa_edge.export.to_onnx import to_onnx
 
-    graphs = next(iter(folders.values())).parent / "graphs"
-    graphs.mkdir(parents=True, exist_ok=True)
-    return {quant: to_onnx(model, folder, quant, graphs=graphs)[0] for quant, folder in folders.items()}
+    parent = next(iter(folders.values())).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # The float32 graphs are as large as the model: beside the bundles, where there is room for that.
+    with tempfile.TemporaryDirectory(dir=parent, prefix="graphs-") as graphs:
+        return {quant: to_onnx(model, folder, quant, graphs=Path(graphs))[0] for quant, folder in folders.items()}
 
 
 def _manifest(model: Path, kind: str, quant: str, files: list[File], tokens: int) -> Bundle:
