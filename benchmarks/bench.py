@@ -26,17 +26,16 @@ from mpa_edge.benchmarks.regress import earlier, regressions
 from mpa_edge.benchmarks.report import write_report
 from mpa_edge.benchmarks.require import requirements
 from mpa_edge.benchmarks.roads import roads_of
-from mpa_edge.benchmarks.sample import Item, items_of, latency_set
+from mpa_edge.benchmarks.sample import Item, cost_of, items_of, latency_set
 from mpa_edge.benchmarks.score import Scored, answered, beside_both_ends, compare, first, gap_closed, score
 from mpa_edge.benchmarks.settings import BenchConfig
-from mpa_edge.benchmarks.variants import Variant, size_bytes, variants_of
+from mpa_edge.benchmarks.variants import Variant, size_bytes, swept, variants_of
 from mpa_edge.benchmarks.verdict import pareto, verdict
 from mpa_edge.benchmarks.worker import Job
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Questions, read_questions, stratified
 from mpa_edge.records import write_atomic, write_rows
-from mpa_edge.runtime import available_cores
 from mpa_edge.tasks import Task, task_named, task_of_bundle
 
 REPORT, RAW_ROWS = "report.json", "raw.jsonl"
@@ -56,29 +55,37 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
     questions = questions_of(config.data, config.report / "images")
     asked = stratified(questions, config.limit, config.seed)
     items = items_of(asked, task.prompt)
-    warm_up, timed = latency_set(items_of(questions, task.prompt), config.latency_n, config.seed)
+    costs = cost_of([read_bundle(Path(one.spec)) for one in variants if (Path(one.spec) / MANIFEST).is_file()])
+    warm_up, timed = latency_set(items_of(questions, task.prompt), config.latency_n, config.seed, costs)
+    variants = swept(variants, config.thread_counts)
     machine = host()
     raw = config.report / "raw"
-    measured = {}
+    measured: dict[str, Measured] = {}
     with on_terminal([variant.name for variant in variants], say) as tell:
         for variant in variants:
             job = Job(
                 name=variant.name,
                 spec=variant.spec,
-                threads=config.threads or available_cores(),
+                threads=variant.threads or config.thread_counts[0],
                 max_new_tokens=task.max_new_tokens,
                 batch_size=config.batch_size,
                 warm_up=[ask.to_json() for ask in warm_up],
                 latency=[ask.to_json() for ask in timed],
-                accuracy=[item.ask.to_json() for item in items],
+                accuracy=[] if variant.sweep_of else [item.ask.to_json() for item in items],
+                device=config.device,
+                fixed_length=config.fixed_length,
+                keep_timings=config.keep_timings,
             )
-            measured[variant.name] = measure(variant, job, raw, tell)
+            found = measure(variant, job, raw, tell)
+            if variant.sweep_of:  # threads change the times only
+                found = replace(found, answers=measured[variant.sweep_of].answers)
+            measured[variant.name] = found
     report, scored = report_of(config, task, questions, items, variants, measured, machine)
     rows = raw_rows(items, scored, measured)
     report["regressions"] = regressions(before, report, rows, config.seed) if before else None
     write_rows(config.report / RAW_ROWS, rows)
     write_atomic(config.report / REPORT, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_report(config.report, report, items, scored, measured)
+    write_report(config.report, report, items, [one for one in scored if one.variant.sweep_of is None], measured)
     return config.report / REPORT
 
 
@@ -136,7 +143,10 @@ def report_of(
         "data": about,
         "task": {"name": task.name, "metric": task.metric, "question_template": task.question_template},
         "settings": {
-            "threads": config.threads or available_cores(),
+            "threads": config.thread_counts[0],
+            "thread_counts": list(config.thread_counts),
+            "device": config.device,
+            "fixed_length": config.fixed_length,
             "latency_n": config.latency_n,
             "batch_size": config.batch_size,
             "max_new_tokens": task.max_new_tokens,
@@ -178,7 +188,7 @@ def raw_rows(items: Sequence[Item], scored: Sequence[Scored], measured: dict[str
     for one in scored:
         name = one.variant.name
         answers = measured[name].answers
-        for place, item in enumerate(items):
+        for place, item in enumerate([] if one.variant.sweep_of else items):
             if item.ask.key in answers:
                 value = one.scores[place] if one.scores else None
                 about = {"id": item.question.id, "kind": item.question.kind, "question": item.question.question}

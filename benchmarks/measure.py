@@ -16,9 +16,21 @@ from typing import Any
 
 from mpa_edge.benchmarks.host import cpu_name, versions
 from mpa_edge.benchmarks.variants import Variant, content_digest
-from mpa_edge.benchmarks.worker import ANSWERS, ERROR, LATENCY, MEASURED, Job, Row, whole_rows
+from mpa_edge.benchmarks.worker import (
+    ANSWERS,
+    ERROR,
+    LATENCY,
+    MEASURED,
+    Job,
+    Row,
+    are_timed,
+    fixed_rows,
+    is_disturbed,
+    whole_rows,
+)
 from mpa_edge.runtime import available_cores
 
+ABOUT = ("engine", "load_ms", "first_answer_ms", "peak_memory_bytes", "busy", "device", "conditions", "describe")
 Say = Callable[[str, str, int, int], None]  # variant, phase, done, of
 
 
@@ -33,6 +45,11 @@ class Measured:
     peak_memory_bytes: int | None = None
     busy: float | None = None
     reason: str | None = None
+    first_answer_ms: float | None = None
+    device: str | None = None
+    conditions: dict[str, Any] | None = None
+    fixed: tuple[Row, ...] = ()
+    describe: dict[str, Any] | None = None
 
 
 def measure(variant: Variant, job: Job, raw: Path, say: Say) -> Measured:
@@ -44,12 +61,13 @@ def measure(variant: Variant, job: Job, raw: Path, say: Say) -> Measured:
     reason = None if digest and is_complete(folder, job) else run_worker(variant.name, job, folder, say)
     if reason is None:
         say(variant.name, "done", 1, 1)
-    return read_measured(folder, reason)
+    return read_measured(folder, reason, job)
 
 
 def folder_name(variant: Variant, job: Job, digest: str | None) -> str:
     """Names what shapes a variant's answers and timings but for the questions: those are in the rows' keys."""
     settings = (job.max_new_tokens, job.threads, cpu_name(), available_cores(), sorted(versions().items()))
+    settings += (job.device,) if job.device != "auto" else ()
     content = hashlib.sha256(repr((digest or variant.spec, settings)).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', variant.name)[:60]}-{content[:10]}"
 
@@ -57,11 +75,10 @@ def folder_name(variant: Variant, job: Job, digest: str | None) -> str:
 def is_complete(folder: Path, job: Job) -> bool:
     """Whether there is nothing left to measure; an answer that did not come is left."""
     about = read_json(folder / MEASURED)
-    if not about.get("done"):
+    if not about.get("done") or (is_disturbed(about) and not job.keep_timings):
         return False
-    timed = [row.key for row in whole_rows(folder / LATENCY)]
     answered = {row.key for row in whole_rows(folder / ANSWERS) if row.finish_reason != "error"}
-    return timed == [ask["key"] for ask in job.latency] and answered >= {ask["key"] for ask in job.accuracy}
+    return are_timed(folder, job) and answered >= {ask["key"] for ask in job.accuracy}
 
 
 def run_worker(name: str, job: Job, folder: Path, say: Say) -> str | None:
@@ -122,13 +139,14 @@ def failure(code: int, folder: Path) -> str:
     return f"the process ended with exit code {code}; see {folder.name}/stderr.log"
 
 
-def read_measured(folder: Path, reason: str | None) -> Measured:
+def read_measured(folder: Path, reason: str | None, job: Job | None = None) -> Measured:
     """What lies in a variant's folder."""
     about = read_json(folder / MEASURED)
     answers = {row.key: row for row in whole_rows(folder / ANSWERS)}
     latency = whole_rows(folder / LATENCY)
-    known = {key: about.get(key) for key in ("engine", "load_ms", "peak_memory_bytes", "busy")}
-    return Measured(answers, latency, **known, reason=reason)
+    known = {key: about[key] for key in ABOUT if key in about}
+    fixed = tuple(fixed_rows(folder, job)) if job and job.fixed_length else ()
+    return Measured(answers, latency, **known, reason=reason, fixed=fixed)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from math import exp, hypot, log
 from pathlib import Path
 from typing import Any
 
-from mpa_edge.benchmarks.host import BUSY_FROM
+from mpa_edge.benchmarks.require import disturbed
 from mpa_edge.errors import InputError
 from mpa_edge.stats import mean_interval, paired_difference
 
@@ -89,7 +89,7 @@ def changes_of(old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: i
     if new["failed"]:
         return [change(new, "failed", None, None, note=new["failed"], regression=True)]
     found = [accuracy_change(old, new, a["accuracy"], b["accuracy"], seed)]
-    busy = any((entry.get("busy") or 0) >= BUSY_FROM for entry in (old, new))
+    busy = next((why for entry in (old, new) if (why := disturbed(entry))), None)
     found.append(time_change(old, new, a["latency"], b["latency"], seed, busy))
     for quantity, key, most in (("size", "size_mb", LARGER_FROM), ("memory", "peak_memory_mb", HEAVIER_FROM)):
         if old[key] and new[key]:
@@ -116,7 +116,7 @@ def accuracy_change(old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, se
 
 
 def time_change(
-    old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: int, busy: bool
+    old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: int, busy: str | None
 ) -> dict[str, Any] | None:
     """The ratio of times over the pictures of both runs (geometric mean), else of the medians; `delta` is it less 1."""
     values = old["latency_ms"]["total"]["p50"], new["latency_ms"]["total"]["p50"]
@@ -126,9 +126,8 @@ def time_change(
     logs = mean_interval([log(b[key]["wall_ms"] / a[key]["wall_ms"]) for key in both], seed=seed)
     ratio, ends = (exp(logs.value), (exp(logs.low), exp(logs.high))) if logs else (values[1] / values[0], None)
     worse = (ends[0] if ends else ratio) > SLOWER_FROM and not busy
-    note = "other work disturbed the clock" if busy else None
     shown = (ends[0] - 1, ends[1] - 1) if ends else None
-    return change(new, "time", *values, delta=ratio - 1, ci95=shown, paired=len(both), note=note, regression=worse)
+    return change(new, "time", *values, delta=ratio - 1, ci95=shown, paired=len(both), note=busy, regression=worse)
 
 
 def change(

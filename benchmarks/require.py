@@ -169,13 +169,21 @@ def check(line: Line, entry: Entry, times: Sequence[float]) -> Check:
         return Check(line.name, "undecided", value, margin, why="the teacher is not measurably ahead of the student")
     status = side(line, ends)
     shown = None if ends[0] == ends[1] else (ends[0], None if ends[1] == inf else ends[1])
-    if line.name in PERCENTILES and status != "pass" and (entry.get("busy") or 0) >= BUSY_FROM:
-        return Check(line.name, "undecided", value, margin, shown, why="other work disturbed the clock")
+    if line.name in PERCENTILES and status != "pass" and disturbed(entry):
+        return Check(line.name, "undecided", value, margin, shown, why=disturbed(entry))
     more = further_samples(line, entry, value, ends, times) if status == "undecided" else None
     why = None
     if status == "undecided":
         why = f"about {more:,} more {line.quantity.samples} needed" if more else "right on the line"
     return Check(line.name, status, value, margin, shown, more, why)
+
+
+def disturbed(entry: Entry) -> str | None:
+    """What made a variant's times too long."""
+    if (entry.get("busy") or 0) >= BUSY_FROM:
+        return "other work disturbed the clock"
+    found: str | None = (entry.get("conditions") or {}).get("throttled")
+    return found
 
 
 def side(line: Line, ends: Interval) -> Status:

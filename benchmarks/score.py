@@ -49,7 +49,14 @@ def score(
         "cut_off": sum(row.finish_reason == "length" for row in known),
         "latency_ms": latency(measured.latency),
         "busy": measured.busy,
+        "device": measured.device,
+        "dtype": dtype_of(variant, measured),
+        "threads": variant.threads,
+        "sweep_of": variant.sweep_of,
+        "conditions": measured.conditions,
+        "fixed_length": fixed_length(measured.fixed),
         "load_ms": rounded(measured.load_ms),
+        "first_answer_ms": rounded(measured.first_answer_ms),
         "size_mb": megabytes(size),
         "peak_memory_mb": megabytes(measured.peak_memory_bytes),
         "failed": measured.reason or (None if whole else f"{len(items) - len(known)} questions have no answer"),
@@ -104,13 +111,44 @@ def latency(rows: Sequence[Row]) -> dict[str, Any]:
         **{phase: rounded(percentile(times[phase], 50)) for phase in PHASES},
         "mean": {name: mean([value for value in values if value is not None]) for name, values in times.items()},
         "n": len(known),
+        "tokens_per_s": tokens_per_s(known),
+        "questions_per_minute": per_minute(times["total"]),
         "tokens_per_answer": rounded(percentile([row.n_tokens for row in known], 50)),
     }
 
 
+def tokens_per_s(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Steps of decoding per second, all answers together; None where the engine does not tell.
+
+    Decoding takes a step per new token: the first token comes out of the prefill, the stop token out of the last step.
+    """
+    told = [(row, time) for row in rows if (time := row.timings.get("decode"))]
+    steps = [row.n_tokens - (row.finish_reason == "length") for row, _ in told]
+    found = ratio_interval(steps, [time / 1000 for _, time in told])
+    return {"value": round(found.value, 2), "ci95": [round(found.low, 2), round(found.high, 2)]} if found else None
+
+
+def per_minute(times: Sequence[float | None]) -> float | None:
+    """How many questions are answered in a minute, one after the other."""
+    known = [time for time in times if time]
+    return round(60_000 * len(known) / sum(known), 1) if known else None
+
+
+def fixed_length(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The times of answers of one length; None where none were taken."""
+    if not (known := answered(rows)):
+        return None
+    return {"tokens": max(row.n_tokens for row in known), "latency_ms": latency(rows)}
+
+
+def dtype_of(variant: Variant, measured: Measured) -> str | None:
+    """The precision of the weights: a bundle's quantization, or the model's own type."""
+    return variant.quantization or (measured.describe or {}).get("dtype")
+
+
 def compare(scored: Sequence[Scored], seed: int) -> list[dict[str, Any]]:
     """`b` against `a` on the same questions: each step of the road, then every variant against teacher and student."""
-    usable = [one for one in scored if one.scores]
+    usable = [one for one in scored if one.scores and one.variant.sweep_of is None]
     pairs = {(a.variant.name, b.variant.name): (a, b, "road") for a, b in road(usable)}
     for role in ("teacher", "student"):
         for a in [one for one in usable if one.variant.step == role][:1]:

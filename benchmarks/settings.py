@@ -32,12 +32,39 @@ class BenchOptions(Settings):
 
     # From 72 timings on a 95% interval of the 95th percentile has an upper end.
     latency_n: int = setting(100, LATENCY, ge=1, help="Time so many distinct pictures, one at a time.")
-    threads: int | None = setting(None, LATENCY, ge=1, help="CPU threads per variant.", shown="all cores")
+    threads: str | None = setting(
+        None, LATENCY, help="CPU threads per variant; 1,2,4 times each bundle with every number.", shown="all cores"
+    )
+    device: str = setting("auto", LATENCY, help="Where models run: auto, cpu, or an accelerator such as cuda.")
+    fixed_length: int | None = setting(
+        None, LATENCY, ge=1, help="Also time bundles at answers of exactly N tokens, to compare engines."
+    )
+    keep_timings: bool = setting(
+        False, LATENCY, help="Keep times that other work disturbed; without, they are taken again."
+    )
 
     @field_validator("data", mode="before")
     @classmethod
     def _paths(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("threads", mode="before")
+    @classmethod
+    def _counts(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        counts = [text.strip() for text in str(value).split(",")]
+        if not all(text.isdigit() and int(text) > 0 for text in counts):
+            raise InputError(f"--threads {value}: whole numbers from 1 on, such as 4 or 1,2,4")
+        return ",".join(counts)
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """The numbers of threads, the largest first; all cores where none is named."""
+        from mpa_edge.runtime import available_cores
+
+        counts = map(int, self.threads.split(",")) if self.threads else [available_cores()]
+        return tuple(sorted(set(counts), reverse=True))
 
     @field_validator("require")
     @classmethod

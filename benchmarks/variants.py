@@ -31,6 +31,8 @@ class Variant:
     step: Step
     engine: str
     quantization: str | None = None
+    threads: int | None = None  # None: as many as the others
+    sweep_of: str | None = None  # the variant that this one is with another number of threads
 
     @property
     def role(self) -> str | None:
@@ -54,6 +56,19 @@ def variants_of(bundles: Sequence[str], baselines: Sequence[str]) -> list[Varian
         unique.append(replace(variant, name=f"{variant.name}-{seen[variant.name]}") if again else variant)
     engines = list(dict.fromkeys(variant.engine for variant in unique if variant.role == "bundle"))
     return sorted(unique, key=lambda variant: place_on_road(variant, engines))
+
+
+def swept(variants: Sequence[Variant], counts: Sequence[int]) -> list[Variant]:
+    """Each bundle with every number of threads; the largest goes without a mark, and the others follow it."""
+    found = []
+    for variant in variants:
+        found.append(variant)
+        if variant.role == "bundle":
+            found += [
+                replace(variant, name=f"{variant.name}@{count}", threads=count, sweep_of=variant.name)
+                for count in sorted(set(counts), reverse=True)[1:]
+            ]
+    return found
 
 
 def place_on_road(variant: Variant, engines: Sequence[str]) -> tuple[int, int, int]:

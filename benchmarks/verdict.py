@@ -71,7 +71,12 @@ def status_of(entry: Entry | None, required: dict[str, Any] | None) -> str | Non
 def pick(entries: Sequence[Entry], required: dict[str, Any] | None = None) -> Entry | None:
     """Of the eligible within one point of the most accurate and within a fifth of the fastest (p95), the smallest."""
     close = as_good(eligible(entries, required))
-    return min(close, key=lambda entry: (entry["size_mb"] or inf, -entry["accuracy"]["value"]), default=None)
+    return min(close, key=preference, default=None)
+
+
+def preference(entry: Entry) -> tuple[float, float, float]:
+    """The smallest; of the equally small ones the most accurate, then the fastest."""
+    return entry["size_mb"] or inf, -entry["accuracy"]["value"], p95(entry)
 
 
 def as_good(found: Sequence[Entry]) -> list[Entry]:
@@ -235,14 +240,16 @@ def beside_teacher(entries: Sequence[Entry], chosen: Entry | None) -> str | None
     teacher = next((entry for entry in entries if entry["step"] == "teacher" and not entry["failed"]), None)
     if teacher is None or chosen is None:
         return None
-    disturbed = any((entry["busy"] or 0) >= BUSY_FROM for entry in (teacher, chosen))
+    disturbed = any((entry["busy"] or 0) >= BUSY_FROM or throttled(entry) for entry in (teacher, chosen))
     ratios = [
         ("smaller", teacher["size_mb"], chosen["size_mb"]),
         ("faster", None if disturbed else teacher["latency_ms"]["total"]["p50"], chosen["latency_ms"]["total"]["p50"]),
         ("lighter in memory", teacher["peak_memory_mb"], chosen["peak_memory_mb"]),
     ]
     told = [f"{large / small:.1f}× {word}" for word, large, small in ratios if large and small and large > small]
-    return f"Beside the teacher, {chosen['name']} is {', '.join(told)}." if told else None
+    places = [entry.get("device") for entry in (teacher, chosen)]
+    where = f" The teacher ran on {places[0]}, {chosen['name']} on {places[1]}." if places[0] != places[1] else ""
+    return f"Beside the teacher, {chosen['name']} is {', '.join(told)}.{where}" if told else None
 
 
 def cost_of_sample(chosen: Entry | None, data: dict[str, Any] | None) -> str | None:
@@ -252,7 +259,7 @@ def cost_of_sample(chosen: Entry | None, data: dict[str, Any] | None) -> str | N
     low, high = chosen["accuracy"]["ci95"]
     half = 50 * (high - low)
     return (
-        f"{data['n']:,} of {data['of']:,} questions were asked, a stratified sample: {chosen['name']}'s accuracy is known "
+        f"A stratified sample of {data['n']:,} of {data['of']:,} questions: {chosen['name']}'s accuracy is known "
         f"to about ±{half:.1f} points; all of them would make that ±{half / sqrt(data['of'] / data['n']):.1f}."
     )
 
@@ -260,20 +267,31 @@ def cost_of_sample(chosen: Entry | None, data: dict[str, Any] | None) -> str | N
 def disturbance(entries: Sequence[Entry]) -> str | None:
     """Whose clock other work disturbed."""
     names = [entry["name"] for entry in entries if (entry["busy"] or 0) >= BUSY_FROM]
-    if not names:
+    hot = [entry["name"] for entry in entries if throttled(entry)]
+    most = max((entry["busy"] or 0 for entry in entries), default=0)
+    told = []
+    if names:
+        told.append(f"other work took up to {most:.0%} of the machine while {listed(names)} ran")
+    if hot:
+        told.append(f"the machine throttled while {listed(hot)} ran")
+    if not told:
         return None
-    most = max(entry["busy"] or 0 for entry in entries)
-    return (
-        f"Other work took up to {most:.0%} of the machine while {listed(names)} ran: their times are too long. "
-        "To time them again, delete the report's raw folder."
-    )
+    said = " and ".join(told)
+    return f"{said[0].upper()}{said[1:]}: their times are too long. Type the command again to time them again."
+
+
+def throttled(entry: Entry) -> str | None:
+    """Why the machine was slow while a variant was timed."""
+    found: str | None = (entry.get("conditions") or {}).get("throttled")
+    return found
 
 
 def between(comparisons: Sequence[Entry], a: Entry | None, b: Entry | None) -> Entry | None:
     """The comparison of two variants."""
     if a is None or b is None:
         return None
-    return next((one for one in comparisons if (one["a"], one["b"]) == (a["name"], b["name"])), None)
+    name = b.get("sweep_of") or b["name"]
+    return next((one for one in comparisons if (one["a"], one["b"]) == (a["name"], name)), None)
 
 
 def percent(value: float | None) -> str:

@@ -6,7 +6,8 @@ Every answer is on disk at once, so an interrupted job goes on where it was.
 
     FOLDER/answers.jsonl   one row per question: key, text, tokens, timings, …
     FOLDER/latency.jsonl   one row per timed picture
-    FOLDER/measured.json   written last: what the model says of itself, load time, peak memory
+    FOLDER/fixed.jsonl     the same with answers of one length, where that was asked for
+    FOLDER/measured.json   written last: what the model says of itself, load time, peak memory, the machine's state
     FOLDER/error.json      instead, when the model failed
 """
 
@@ -23,14 +24,17 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-from mpa_edge.benchmarks.host import memory_mb, peak_memory_bytes, watch_others
+from mpa_edge.benchmarks.conditions import conditions, during
+from mpa_edge.benchmarks.host import BUSY_FROM, memory_mb, peak_memory_bytes, watch_others
 from mpa_edge.bundle import MANIFEST
 from mpa_edge.errors import ImageError, MpaEdgeError
 from mpa_edge.records import Record, read_rows, write_atomic, write_rows
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
 
-ANSWERS, LATENCY, MEASURED, ERROR = "answers.jsonl", "latency.jsonl", "measured.json", "error.json"
+ANSWERS, LATENCY, FIXED, MEASURED = "answers.jsonl", "latency.jsonl", "fixed.jsonl", "measured.json"
+ERROR = "error.json"
+KEPT = ("load_ms", "first_answer_ms", "peak_memory_bytes", "busy", "conditions")
 BATCHED_ENGINES = ("transformers", "chat", "fake")
 Say = Callable[[str, int, int], None]
 
@@ -60,7 +64,8 @@ class Row(Record):
 
 @dataclass(frozen=True)
 class Job(Record):
-    """What a worker does."""
+    """What a worker does. `fixed_length` also times answers of exactly so many tokens; `keep_timings` keeps those that
+    other work disturbed, which are taken again otherwise."""
 
     name: str
     spec: str
@@ -70,6 +75,9 @@ class Job(Record):
     warm_up: list[dict[str, Any]]
     latency: list[dict[str, Any]]
     accuracy: list[dict[str, Any]]
+    device: str = "auto"
+    fixed_length: int | None = None
+    keep_timings: bool = False
 
 
 def main(folder: Path, source: IO[str], out: IO[str]) -> int:
@@ -106,10 +114,10 @@ def open_variant(job: Job) -> Vlm:
         from mpa_edge.runtime import load
 
         # Nothing is kept between two questions: a picture that comes twice must take its full time twice.
-        return load(Path(job.spec), threads=job.threads, cache_mb=0)
+        return load(Path(job.spec), device=job.device, threads=job.threads, cache_mb=0)
     from mpa_edge.models import open_vlm
 
-    return open_vlm(job.spec, name=job.name, batch_size=job.batch_size)
+    return open_vlm(job.spec, name=job.name, device=job.device, batch_size=job.batch_size)
 
 
 def is_bundle(spec: str) -> bool:
@@ -123,21 +131,91 @@ def work(vlm: Vlm, job: Job, folder: Path, say: Say, *, load_ms: float | None = 
     described = json.loads(json.dumps(vlm.describe(), sort_keys=True, default=str))
     before = what_is_kept(folder, described)
     decoding = Decoding(max_new_tokens=job.max_new_tokens)
-    timed = asks(job.latency)
-    about: dict[str, Any] = {"describe": described, "engine": vlm.engine, "load_ms": load_ms, "done": False}
-    if before and [row.key for row in whole_rows(folder / LATENCY)] == [ask.key for ask in timed]:
-        about |= {key: before.get(key) for key in ("load_ms", "peak_memory_bytes", "busy")}
-    else:
-        others = watch_others()
-        measure_latency(vlm, asks(job.warm_up), timed, decoding, folder / LATENCY, say)
-        # What a chat server takes, its own machine knows.
-        peak = None if vlm.engine == "chat" else peak_memory_bytes()
-        about |= {"peak_memory_bytes": peak, "busy": others()}
+    about = timed_part(vlm, job, folder, decoding, before, say) | {"describe": described, "engine": vlm.engine}
+    about |= {"load_ms": about.get("load_ms") or load_ms, "device": device_of(vlm), "done": False}
     write_atomic(folder / MEASURED, json.dumps(about) + "\n")
     batch = job.batch_size if vlm.engine in BATCHED_ENGINES else 1
     with side_by_side(vlm, job, about["peak_memory_bytes"]) as vlms:
         collect_answers(vlms, asks(job.accuracy), decoding, batch, folder / ANSWERS, say)
     write_atomic(folder / MEASURED, json.dumps({**about, "done": True}, indent=2) + "\n")
+
+
+def timed_part(
+    vlm: Vlm, job: Job, folder: Path, decoding: Decoding, before: dict[str, Any] | None, say: Say
+) -> dict[str, Any]:
+    """Time the model, unless what was measured before still serves; returns what goes into measured.json.
+
+    A series that other work disturbed is taken again, and the less disturbed of the two is kept.
+    """
+    timed = asks(job.latency)
+    there = before is not None and are_timed(folder, job)
+    if before and there and (job.keep_timings or not is_disturbed(before)):
+        return {key: before.get(key) for key in KEPT}
+    others, start = watch_others(), conditions()
+    cold = warm_up(vlm, asks(job.warm_up), decoding)
+    rows = measure_latency(vlm, timed, decoding, say)
+    # What a chat server takes, its own machine knows.
+    peak = None if vlm.engine == "chat" else peak_memory_bytes()
+    about = {
+        "load_ms": None,
+        "first_answer_ms": cold,
+        "peak_memory_bytes": peak,
+        "busy": others(),
+        "conditions": during(start, conditions()),
+    }
+    if before and there and (before.get("busy") or 0) < (about["busy"] or 0):
+        about = {key: before.get(key) for key in KEPT}
+    else:
+        write_rows(folder / LATENCY, [row.to_json() for row in rows])
+    if job.fixed_length and is_bundle(job.spec) and not fixed_rows(folder, job):
+        with endless(vlm):
+            rows = measure_latency(vlm, timed, Decoding(max_new_tokens=job.fixed_length), say, "fixed")
+        write_rows(folder / FIXED, [row.to_json() for row in rows])
+    return about
+
+
+def are_timed(folder: Path, job: Job) -> bool:
+    """Whether the job's series lie there, in this order."""
+    wanted = [ask["key"] for ask in job.latency]
+    fixed = not job.fixed_length or not is_bundle(job.spec) or [row.key for row in fixed_rows(folder, job)] == wanted
+    return fixed and [row.key for row in whole_rows(folder / LATENCY)] == wanted
+
+
+def fixed_rows(folder: Path, job: Job) -> list[Row]:
+    """The rows of the series of one length; none where they have another length."""
+    rows = whole_rows(folder / FIXED)
+    return rows if {row.n_tokens for row in rows} <= {job.fixed_length, 0} else []
+
+
+def is_disturbed(about: dict[str, Any]) -> bool:
+    """Whether other work, or heat, made the times of a measured.json too long."""
+    return (about.get("busy") or 0) >= BUSY_FROM or bool((about.get("conditions") or {}).get("throttled"))
+
+
+def warm_up(vlm: Vlm, wanted: Sequence[Ask], decoding: Decoding) -> float | None:
+    """Answer the warm-up's questions; returns the milliseconds of the first, the model's first answer of all."""
+    rows = [answer_one(vlm, ask, decoding) for ask in wanted]
+    return rows[0].wall_ms if rows else None
+
+
+@contextmanager
+def endless(vlm: Vlm) -> Iterator[None]:
+    """Let a bundle's answers end at their longest alone: no token stops them."""
+    bundle = vlm.bundle  # type: ignore[attr-defined]
+    prompt = bundle.prompt.model_copy(update={"stop_token_ids": ()})
+    vlm.bundle = bundle.model_copy(update={"prompt": prompt})  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        vlm.bundle = bundle  # type: ignore[attr-defined]
+
+
+def device_of(vlm: Vlm) -> str | None:
+    """Where a model computes, as its engine calls it; None for one on another machine, and where nobody tells."""
+    if hasattr(vlm, "reader"):
+        return str(getattr(vlm.reader.engine, "device", "")).removesuffix("ExecutionProvider").lower() or None
+    found = getattr(getattr(vlm, "model", None), "device", None)
+    return None if found is None else str(found)
 
 
 def asks(rows: Sequence[dict[str, Any]]) -> list[Ask]:
@@ -151,22 +229,18 @@ def what_is_kept(folder: Path, described: dict[str, Any]) -> dict[str, Any] | No
     before: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if before and before["describe"] == described:
         return before
-    for name in (ANSWERS, LATENCY, MEASURED):
+    for name in (ANSWERS, LATENCY, FIXED, MEASURED):
         (folder / name).unlink(missing_ok=True)
     return None
 
 
-def measure_latency(
-    vlm: Vlm, warm_up: Sequence[Ask], timed: Sequence[Ask], decoding: Decoding, path: Path, say: Say
-) -> None:
-    """Time single answers after a warm-up with real pictures, all in one go: a part of an old series is dropped."""
-    for ask in warm_up:
-        answer_one(vlm, ask, decoding)
+def measure_latency(vlm: Vlm, timed: Sequence[Ask], decoding: Decoding, say: Say, phase: str = "latency") -> list[Row]:
+    """Time single answers, all in one go: a part of an old series is of no use."""
     rows = []
     for number, ask in enumerate(timed, 1):
         rows.append(answer_one(vlm, ask, decoding))
-        say("latency", number, len(timed))
-    write_atomic(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+        say(phase, number, len(timed))
+    return rows
 
 
 def answer_one(vlm: Vlm, ask: Ask, decoding: Decoding) -> Row:

@@ -50,7 +50,7 @@ def look_around() -> Machine:
         cores=available_cores(),
         memory_mb=_memory_mb(),
         board=_board(BOARD),
-        power_mode=_power_mode(),
+        power_mode=power_mode(),
         engines={name: _version(library, package) for name, (_, library, package, _) in ENGINES.items()},
         providers=_providers(),
         llama_offloads=_llama_offloads(),
@@ -143,7 +143,7 @@ def _board(path: Path) -> str | None:
         return None
 
 
-def _power_mode() -> str | None:
+def power_mode() -> str | None:
     """A Jetson's power mode, as `nvpmodel -q` tells it: `NV Power Mode: MAXN`."""
     program = shutil.which("nvpmodel")
     if program is None:

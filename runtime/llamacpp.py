@@ -62,6 +62,7 @@ class LlamaCpp:
         language_model, mmproj = (bundle.path_of(folder, role) for role in PAIR)
         silence()
         llama.llama_backend_init()
+        self.device = "gpu" if offload and llama.llama_supports_gpu_offload() else "cpu"
         self._model: Any = None
         self._context: Any = None
         self._mtmd: Any = None

@@ -64,6 +64,7 @@ class OnnxEngine:
         missing = sorted(set(providers) - set(ort.get_available_providers()))
         if missing:
             raise InputError(f"{missing[0]} is not in this ONNX Runtime: {', '.join(ort.get_available_providers())}")
+        self.device = providers[0]
         self._memory = MEMORY.get(providers[0], "cpu")
         self._image = bundle.image
         self._family = family_of_bundle(bundle)

@@ -46,7 +46,7 @@ class OpenVinoEngine:
         core = ov.Core()
         if device not in core.available_devices:
             raise InputError(f"OpenVINO sees no device {device} here: {', '.join(core.available_devices)}")
-        self._bundle = bundle
+        self._bundle, self.device = bundle, device
         self._family = family_of_bundle(bundle)
         self._image_token = _image_token(bundle, folder)
         roles = {file.role for file in bundle.files}
