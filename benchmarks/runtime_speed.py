@@ -194,6 +194,8 @@ def main(
         "command": "python -m mpa_edge.benchmarks.runtime_speed",
         "host": host(),
         "threads": todo.threads,
+        "pictures": todo.pictures,
+        "decoded_tokens": todo.tokens,
         "warm_up": "two questions about another picture",
         "answer_tokens_at_most": ANSWER_TOKENS,
         "ratios": {name: found["ratios"] for name, found in models.items()},
