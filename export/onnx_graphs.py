@@ -55,18 +55,8 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.onnx" for name in (VISION, EMBED, DECODER)}
     with tempfile.TemporaryDirectory(prefix="mpa-edge-") as scratch, torch.inference_mode(), quiet():
-        text = Path(scratch, "text")
-        model = AutoModelForImageTextToText.from_pretrained(merged, dtype="auto", local_files_only=True).eval()
-        config = model.config.text_config
-        samples = {DECODER: decoder_sample(model), EMBED: embedding_sample(model)}
-        save_graph(embedding_graph(model.get_input_embeddings().weight), paths[EMBED])
-        save_text_model(model, merged, text)
-        _drop_text_model(model)
-        save_graph(decoder_graph(text, config, Path(scratch, "built")), paths[DECODER])
-        # Last of all: torch holds on to the weights of what it has exported.
-        samples[VISION] = _save_vision(model.float(), family, paths[VISION])
-        del model
-        gc.collect()
+        samples = _save_decoder(merged, Path(scratch), paths)
+        samples[VISION] = _save_vision(merged, family, paths[VISION])
         differences = {
             VISION: difference(paths[VISION], samples[VISION]),
             EMBED: difference(paths[EMBED], samples[EMBED]),
@@ -156,12 +146,31 @@ def decoder_difference(path: Path, sample: Sample) -> float:
     return _relative(np.concatenate(got, axis=1), sample.wanted)
 
 
-def _save_vision(model: Any, family: str, path: Path) -> Sample:
-    """Write the vision encoder of a model whose text model is gone."""
-    encoder = VISION_ENCODERS[family](model)
+def _save_decoder(merged: Path, scratch: Path, paths: Mapping[str, Path]) -> dict[str, Sample]:
+    """Write the token embedding and the decoder; the model is gone before another process builds the latter."""
+    model = _load(merged)
+    config = model.config.text_config
+    samples = {DECODER: decoder_sample(model), EMBED: embedding_sample(model)}
+    save_graph(embedding_graph(model.get_input_embeddings().weight), paths[EMBED])
+    save_text_model(model, merged, scratch / "text")
+    del model
+    gc.collect()
+    save_graph(decoder_graph(scratch / "text", config, scratch / "built"), paths[DECODER])
+    return samples
+
+
+def _save_vision(merged: Path, family: str, path: Path) -> Sample:
+    """Write the vision encoder. Last of all: torch holds on to the weights of what it has exported."""
+    model = _load(merged)
+    _drop_text_model(model)
+    encoder = VISION_ENCODERS[family](model.float())
     wanted = reference_features(model, encoder).numpy()
     save_graph(vision_graph(encoder), path)
     return Sample({name: tensor.numpy() for name, tensor in encoder.inputs.items()}, wanted)
+
+
+def _load(merged: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(merged, dtype="auto", local_files_only=True).eval()
 
 
 def _drop_text_model(model: Any) -> None:
