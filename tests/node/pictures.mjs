@@ -10,16 +10,18 @@ const MAX_EDGE = 4096;
 /**
  * Change `processor`, and how every picture is resized, in place; `config` is the model's config.json.
  *
- * Processors that resize once are right when that is done as Pillow does it. Idefics3's resizes three times, twice of
- * them in another way than in training, and is replaced.
+ * LLaVA's processor is right when resizing is Pillow's. Qwen-VL's rounds halves up where training rounds to even, one
+ * row of image tokens too many. Idefics3's resizes three times, two of them without `resize`, and is replaced.
  */
 export function exactPictures(processor, config) {
   RawImage.prototype.resize = async function (width, height, { resample = 2 } = {}) {
     return resized(this, width, height, resample);
   };
-  if (['idefics3', 'smolvlm'].includes(config.model_type)) {
-    const settings = processor.image_processor.config;
-    processor.components.image_processor = async (images) => idefics3(images.flat(), settings);
+  const images = processor.image_processor;
+  if (['qwen2_vl', 'qwen2_5_vl'].includes(config.model_type)) {
+    images.get_resize_output_image_size = (image) => qwenSize(image, images);
+  } else if (['idefics3', 'smolvlm'].includes(config.model_type)) {
+    processor.components.image_processor = async (given) => idefics3(given.flat(), images.config);
   }
 }
 
@@ -40,6 +42,26 @@ function resized(image, width, height, resample) {
   const data = resizeLikePillow(image, width, height, resample);
   return new RawImage(data, width, height, image.channels);
 }
+
+/** `smart_resize` in transformers: both edges rounded to whole image tokens, or scaled into the limits. */
+function qwenSize({ width, height }, { patch_size, merge_size, min_pixels, max_pixels }) {
+  if (Math.max(width, height) / Math.min(width, height) > 200) throw new Error('a picture over 200 times as long as wide');
+  const token = patch_size * merge_size;
+  const edges = (tokensOf) => [tokensOf(width) * token, tokensOf(height) * token];
+  const rounded = edges((edge) => roundHalfToEven(edge / token));
+  const pixels = rounded[0] * rounded[1];
+  if (pixels > max_pixels) {
+    const scale = Math.sqrt((height * width) / max_pixels);
+    return edges((edge) => Math.max(1, Math.floor(edge / scale / token)));
+  }
+  if (pixels < min_pixels) {
+    const scale = Math.sqrt(min_pixels / (height * width));
+    return edges((edge) => Math.ceil((edge * scale) / token));
+  }
+  return rounded;
+}
+
+const roundHalfToEven = (x) => (x % 2 === 0.5 ? Math.floor(x) : Math.round(x));
 
 /** What Idefics3ImageProcessor gives, for the pictures of one prompt. */
 function idefics3(images, settings) {
