@@ -247,6 +247,10 @@ def _readme(bundle: Bundle) -> str:
         from mpa_edge.export.gguf_readme import gguf_commands
 
         return head + gguf_commands(bundle)
+    if bundle.engine == "openvino":
+        from mpa_edge.export.to_openvino import openvino_commands
+
+        return head + openvino_commands(bundle)
     return head + '    mpa-edge ask . photo.jpg "What does the sign say?"\n'
 
 

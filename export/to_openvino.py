@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpa_edge.bundle import File, Role, describe_file
+from mpa_edge.bundle import Bundle, File, Role, describe_file
 from mpa_edge.errors import ExportError, InputError
 from mpa_edge.export.onnx_processor import write_processor
 from mpa_edge.export.openvino_graphs import EMBED, LANGUAGE, export_graphs, graph_path
@@ -84,6 +84,25 @@ def to_openvino(
     files += write_processor(merged, folder)
     files.append(_write_config(merged, folder))
     return files, checks
+
+
+def openvino_commands(bundle: Bundle) -> str:
+    """The part of an OpenVINO bundle's README that says how to run it, in Markdown."""
+    asked = bundle.prompt.question_template.replace("{question}", "What does the sign say?")
+    others = f"""\
+
+Other programs scale and cut pictures in their own way, so that answers may differ. optimum-intel, in an environment of
+its own (`pip install "optimum-intel[openvino]"`; it wants another transformers than mpa-edge):
+
+    from optimum.intel.openvino import OVModelForVisualCausalLM
+    from transformers import AutoProcessor
+
+    model, processor = OVModelForVisualCausalLM.from_pretrained("."), AutoProcessor.from_pretrained(".")
+    content = [{{"type": "image"}}, {{"type": "text", "text": {asked!r}}}]
+    prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+"""
+    # optimum-intel knows InternVL with its authors' own code only.
+    return '    mpa-edge ask . photo.jpg "What does the sign say?"\n' + ("" if bundle.family == "internvl" else others)
 
 
 def _graphs_once(merged: Path, graphs: Path) -> dict[str, float]:
