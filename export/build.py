@@ -24,7 +24,9 @@ from mpa_edge.export.steps import Steps
 from mpa_edge.export.workshop import Workshop
 from mpa_edge.processors import load_processor
 from mpa_edge.runtime import open_bundle
+from mpa_edge.runtime.selfcheck import MADE_WITH, SHAPING
 from mpa_edge.runtime.vlm import Decoding
+from mpa_edge.versions import installed
 
 ENGINES: dict[Format, Literal["llama.cpp", "onnxruntime", "openvino"]] = {
     "gguf": "llama.cpp",
@@ -172,7 +174,7 @@ class _Job:
             image=self.settings.image,
             prompt=self.settings.prompt,
             source=self.merged.provenance,
-            checks={"merge": self.merged.checks, self.format: checks},
+            checks={"merge": self.merged.checks, self.format: checks, MADE_WITH: installed(SHAPING)},
         )
 
     def convert(self, folders: dict[str, Path], workshop: Workshop) -> dict[str, tuple[list[File], dict[str, Any]]]:

@@ -8,7 +8,8 @@ may differ in a near tie between two tokens where another processor sums in anot
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from mpa_edge.bundle import Bundle, read_bundle
 from mpa_edge.errors import BundleError
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.vlm import Answer
+from mpa_edge.versions import installed
 
-NAME = "selfcheck"  # under `checks` in the manifest
+NAME, MADE_WITH = "selfcheck", "made_with"  # under `checks` in the manifest
+# Libraries whose other version may give other pixels or tokens: Pillow 13 resizes in another order than 12.
+SHAPING = ("pillow", "numpy", "tokenizers")
 QUESTIONS = ("What is in the picture?", "How many shapes are there?", "Which colour is it?", "What does the sign say?")
 SIZES = ((320, 240), (200, 300), (96, 96), (500, 150))
 MAX_NEW_TOKENS = 16
@@ -56,6 +60,7 @@ class Outcome:
     """All samples. `passed`: every pixel, token and answer is equal."""
 
     replays: tuple[Replay, ...]
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -73,6 +78,10 @@ class Outcome:
         known = [replay.logprob_difference for replay in self.replays if replay.logprob_difference is not None]
         gap = f"; log-probabilities within {max(known):.2g}" if known else ""
         equal = sum(replay.pixels and replay.prompt and replay.answer for replay in self.replays)
+        here = installed(SHAPING)
+        others = [f"{name} {there}" for name, there in self.made_with.items() if here.get(name) != there]
+        if others and not self.passed:
+            told.append(f"made with {', '.join(others)}; here {', '.join(f'{n} {v}' for n, v in here.items())}")
         return [*told, f"{equal} of {len(self.replays)} samples are as they were where the bundle was made{gap}"]
 
 
@@ -88,7 +97,7 @@ def selfcheck(folder: Path, *, threads: int | None = None) -> Outcome:
     bundle = read_bundle(folder, check_digests=True)
     recorded = _recorded(folder, bundle)
     with open_bundle(folder, bundle, threads=threads, cache_mb=0) as vlm:
-        return Outcome(tuple(_replay(vlm, sample) for sample in recorded))
+        return Outcome(tuple(_replay(vlm, sample) for sample in recorded), _made_with(bundle))
 
 
 def picture(number: int) -> Image.Image:
@@ -112,6 +121,11 @@ def _recorded(folder: Path, bundle: Bundle) -> list[Recorded]:
     if not found:
         raise BundleError(f"{folder} holds no samples to replay: it was made by an older version; export it again")
     return found
+
+
+def _made_with(bundle: Bundle) -> dict[str, str]:
+    told = bundle.checks.get(MADE_WITH)
+    return {str(name): str(version) for name, version in told.items()} if isinstance(told, dict) else {}
 
 
 def _asked(vlm: BundleVlm, number: int, question: str) -> tuple[Recorded, Answer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ def test_what_differs_is_told_and_fails(folder: Path, changes: dict[str, Any], w
     assert result.exit_code == 1
     assert f"{selfcheck.QUESTIONS[0]!r}: {what} differ" in result.output
     assert "3 of 4 samples" in result.output
+
+
+def test_other_versions_are_told_where_something_differs(folder: Path) -> None:
+    rewrite(folder, pixels="0")
+    bundle = read_bundle(folder)
+    versions = {selfcheck.MADE_WITH: {"pillow": "1.0", "numpy": importlib.metadata.version("numpy")}}
+    write_bundle(folder, bundle.model_copy(update={"checks": {**bundle.checks, **versions}}))
+    result = CliRunner().invoke(app, ["selfcheck", str(folder), "--threads", "1"])
+    assert f"made with pillow 1.0; here pillow {importlib.metadata.version('pillow')}" in result.output
 
 
 def test_a_bundle_without_samples_or_with_damage_says_so(folder: Path) -> None:
@@ -157,4 +167,4 @@ def test_boards_and_power_modes_are_read(tmp_path: Path, monkeypatch: pytest.Mon
     program.write_text("#!/bin/sh\necho 'NV Power Mode: MAXN'\necho 0\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor._power_mode() == "MAXN"
+    assert doctor.power_mode() == "MAXN"
