@@ -21,6 +21,7 @@ from mpa_edge import __version__
 from mpa_edge.answers import metric_named
 from mpa_edge.benchmarks.display import on_terminal
 from mpa_edge.benchmarks.host import host
+from mpa_edge.benchmarks.jobs import Job
 from mpa_edge.benchmarks.measure import Measured, Say, measure
 from mpa_edge.benchmarks.regress import earlier, regressions
 from mpa_edge.benchmarks.report import write_report
@@ -31,7 +32,6 @@ from mpa_edge.benchmarks.score import Scored, answered, beside_both_ends, compar
 from mpa_edge.benchmarks.settings import BenchConfig
 from mpa_edge.benchmarks.variants import Variant, size_bytes, swept, variants_of
 from mpa_edge.benchmarks.verdict import pareto, verdict
-from mpa_edge.benchmarks.worker import Job
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Questions, read_questions, stratified

@@ -15,22 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mpa_edge.benchmarks.host import cpu_name, versions
+from mpa_edge.benchmarks.jobs import ANSWERS, ERROR, LATENCY, MEASURED, Job, Row, whole_rows
+from mpa_edge.benchmarks.timed import KEPT, are_timed, fixed_rows, is_disturbed
 from mpa_edge.benchmarks.variants import Variant, content_digest
-from mpa_edge.benchmarks.worker import (
-    ANSWERS,
-    ERROR,
-    LATENCY,
-    MEASURED,
-    Job,
-    Row,
-    are_timed,
-    fixed_rows,
-    is_disturbed,
-    whole_rows,
-)
 from mpa_edge.runtime import available_cores
 
-ABOUT = ("engine", "load_ms", "first_answer_ms", "peak_memory_bytes", "busy", "device", "conditions", "describe")
+ABOUT = ("engine", "device", "describe", *KEPT)
 Say = Callable[[str, str, int, int], None]  # variant, phase, done, of
 
 
@@ -50,6 +40,10 @@ class Measured:
     conditions: dict[str, Any] | None = None
     fixed: tuple[Row, ...] = ()
     describe: dict[str, Any] | None = None
+    proportional_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
+    device_memory_how: str | None = None
+    energy: dict[str, Any] | None = None
 
 
 def measure(variant: Variant, job: Job, raw: Path, say: Say) -> Measured:

@@ -204,9 +204,19 @@ def value_of(entry: Entry, name: str) -> float | None:
         value = (entry["latency_ms"].get(name) or {}).get("value")
     elif name == "energy":
         value = (entry.get(name) or {}).get("joules_per_answer")
+    elif name == "memory":
+        value = whole_memory(entry)
     else:
-        value = entry.get({"memory": "peak_memory_mb", "size": "size_mb"}.get(name, name))
+        value = entry.get({"size": "size_mb"}.get(name, name))
     return None if value is None else float(value)
+
+
+def whole_memory(entry: Entry) -> float | None:
+    """The process's peak with the GPU's memory; on a Jetson, where both are one, the larger figure."""
+    own, device = entry["peak_memory_mb"], entry.get("device_memory_mb")
+    if own is None or device is None:
+        return own
+    return max(own, device) if "board" in (entry.get("device_memory_how") or "") else own + device
 
 
 def why_unknown(entry: Entry, name: str) -> str:

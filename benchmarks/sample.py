@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mpa_edge.benchmarks.worker import Ask
+from mpa_edge.benchmarks.jobs import Ask
 from mpa_edge.bundle import Bundle, sha256_of
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Question

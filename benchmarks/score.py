@@ -9,10 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 from mpa_edge.answers import Metric, exact_match, metric_named
+from mpa_edge.benchmarks.energy import per_answer
+from mpa_edge.benchmarks.jobs import Row
 from mpa_edge.benchmarks.measure import Measured
 from mpa_edge.benchmarks.sample import Item
 from mpa_edge.benchmarks.variants import Variant
-from mpa_edge.benchmarks.worker import Row
 from mpa_edge.stats import Estimate, mean_interval, paired_difference, percentile, ratio_interval
 
 PHASES = ("preprocess", "vision", "prefill", "decode")
@@ -59,6 +60,10 @@ def score(
         "first_answer_ms": rounded(measured.first_answer_ms),
         "size_mb": megabytes(size),
         "peak_memory_mb": megabytes(measured.peak_memory_bytes),
+        "proportional_memory_mb": megabytes(measured.proportional_memory_bytes),
+        "device_memory_mb": megabytes(measured.device_memory_bytes),
+        "device_memory_how": measured.device_memory_how,
+        "energy": per_answer(measured.energy, len(measured.latency)),
         "failed": measured.reason or (None if whole else f"{len(items) - len(known)} questions have no answer"),
     }
     return Scored(variant, scores, entry)

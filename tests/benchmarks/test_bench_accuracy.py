@@ -12,12 +12,13 @@ from PIL import Image
 
 from mpa_edge.answers import metric_named
 from mpa_edge.benchmarks.bench import questions_of
+from mpa_edge.benchmarks.jobs import ANSWERS, LATENCY, MEASURED, Job, Row, whole_rows
 from mpa_edge.benchmarks.measure import Measured, is_complete
 from mpa_edge.benchmarks.sample import Item, items_of
 from mpa_edge.benchmarks.score import Scored, beside_both_ends, by, score
 from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.verdict import cost_of_sample
-from mpa_edge.benchmarks.worker import ANSWERS, LATENCY, MEASURED, Job, Row, collect_answers, whole_rows
+from mpa_edge.benchmarks.worker import collect_answers
 from mpa_edge.fake import FakeVlm
 from mpa_edge.labelled import Question, read_questions
 from mpa_edge.runtime.vlm import Answer, Decoding
@@ -116,7 +117,7 @@ def test_a_sample_says_what_it_costs() -> None:
     entry = {"name": "q8", "accuracy": {"ci95": [0.55, 0.65]}}
     said = cost_of_sample(entry, {"n": 100, "of": 400})
     assert said is not None
-    assert said.startswith("100 of 400 questions were asked, a stratified sample")
+    assert said.startswith("A stratified sample of 100 of 400 questions: q8")
     assert "known to about ±5.0 points; all of them would make that ±2.5." in said
     assert cost_of_sample(entry, {"n": 400, "of": 400}) is None
 

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mpa_edge.benchmarks import worker
+from mpa_edge.benchmarks import timed
 from mpa_edge.benchmarks.bench import BenchConfig, bench
 from mpa_edge.benchmarks.conditions import conditions, during
+from mpa_edge.benchmarks.jobs import FIXED, LATENCY, Job, Row, whole_rows
 from mpa_edge.benchmarks.measure import read_measured
 from mpa_edge.benchmarks.sample import cost_of, items_of, latency_set
 from mpa_edge.benchmarks.score import latency, tokens_per_s
+from mpa_edge.benchmarks.timed import device_of
 from mpa_edge.benchmarks.variants import Variant, swept
-from mpa_edge.benchmarks.worker import FIXED, LATENCY, Job, Row, device_of, whole_rows, work
+from mpa_edge.benchmarks.worker import work
 from mpa_edge.bundle import Bundle, Idefics3Images
 from mpa_edge.errors import InputError
 from mpa_edge.fake import FakeVlm
@@ -90,8 +92,8 @@ def test_every_count_of_tiles_is_warmed_up(tmp_path: Path) -> None:
         Image.new("RGB", sizes[number % 5], (number, 0, 0)).save(path)
         questions.append(Question(str(number), str(path), "what?", ("x",)))
     cost = cost_of([bundle])
-    warm, timed = latency_set(items_of(questions, str), 20, 0, cost)
-    costs = [{cost(Image.open(ask.image).size) for ask in part} for part in (warm, timed)]
+    warm, chosen = latency_set(items_of(questions, str), 20, 0, cost)
+    costs = [{cost(Image.open(ask.image).size) for ask in part} for part in (warm, chosen)]
     assert costs[0] == costs[1]
     assert 1 < len(costs[0]) == len(warm) < len(set(sizes))  # sizes that cost the same need one warm-up
 
@@ -168,7 +170,7 @@ def test_a_disturbed_series_is_taken_again_and_the_better_kept(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares = iter([0.5, 0.7, 0.1])
-    monkeypatch.setattr(worker, "watch_others", lambda: lambda: next(shares))
+    monkeypatch.setattr(timed, "watch_others", lambda: lambda: next(shares))
     asks = [item.ask.to_json() for item in items_of(read_questions(labelled), str)[:3]]
     job = Job("x", "fake:", 1, 8, 2, asks[:1], asks, asks)
 

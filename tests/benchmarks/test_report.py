@@ -17,12 +17,12 @@ from mpa_edge.benchmarks import bench
 from mpa_edge.benchmarks.bench import BenchConfig, report_of
 from mpa_edge.benchmarks.gallery import PER_FILTER, THUMBNAIL, gallery, thumbnail, who
 from mpa_edge.benchmarks.host import host
+from mpa_edge.benchmarks.jobs import Row
 from mpa_edge.benchmarks.measure import Measured
 from mpa_edge.benchmarks.plots import box_of, decades, overlap, place_labels
 from mpa_edge.benchmarks.report import console_table, markdown, phase_rows, render_html, render_markdown
 from mpa_edge.benchmarks.sample import items_of
 from mpa_edge.benchmarks.variants import Variant
-from mpa_edge.benchmarks.worker import Row
 from mpa_edge.labelled import Question, Questions
 from mpa_edge.tasks import task_named
 

@@ -1,0 +1,105 @@
+"""What a benchmark's worker is given and what it writes: questions, rows, and the files that hold them.
+
+FOLDER/answers.jsonl   one row per question: key, text, tokens, timings, …
+FOLDER/latency.jsonl   one row per timed picture
+FOLDER/fixed.jsonl     the same with answers of one length, where that was asked for
+FOLDER/measured.json   written last: what the model says of itself, load time, memory, energy, the machine's state
+FOLDER/error.json      instead, when the model failed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpa_edge.bundle import MANIFEST
+from mpa_edge.errors import ImageError
+from mpa_edge.records import Record, read_rows, write_atomic
+from mpa_edge.runtime.vlm import Answer
+
+ANSWERS, LATENCY, FIXED, MEASURED = "answers.jsonl", "latency.jsonl", "fixed.jsonl", "measured.json"
+ERROR = "error.json"
+Say = Callable[[str, int, int], None]  # phase, done, of
+
+
+@dataclass(frozen=True)
+class Ask(Record):
+    """A question as a model gets it. `key` names the picture's content and the prompt."""
+
+    key: str
+    image: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Row(Record):
+    """One answer. `wall_ms` is the caller's clock around a call of one picture; None for a batch."""
+
+    key: str
+    text: str
+    n_tokens: int
+    prompt_tokens: int | None
+    finish_reason: str
+    error: str | None
+    timings: dict[str, float | None]
+    wall_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Job(Record):
+    """What a worker does. `fixed_length` also times answers of exactly so many tokens; `keep_timings` keeps those that
+    other work disturbed, which are taken again otherwise."""
+
+    name: str
+    spec: str
+    threads: int
+    max_new_tokens: int
+    batch_size: int
+    warm_up: list[dict[str, Any]]
+    latency: list[dict[str, Any]]
+    accuracy: list[dict[str, Any]]
+    device: str = "auto"
+    fixed_length: int | None = None
+    keep_timings: bool = False
+
+
+def asks(rows: Sequence[dict[str, Any]]) -> list[Ask]:
+    """The job's questions."""
+    return [Ask.from_json(row) for row in rows]
+
+
+def is_bundle(spec: str) -> bool:
+    """Whether an exported bundle lies there."""
+    return (Path(spec) / MANIFEST).is_file()
+
+
+def unanswered(error: ImageError) -> Answer:
+    """The answer to a picture that cannot be read."""
+    return Answer("", finish_reason="error", error=f"picture {error.reason}")
+
+
+def row_of(ask: Ask, answer: Answer, wall_ms: float | None = None) -> Row:
+    """The row of an answer."""
+    return Row(
+        ask.key,
+        answer.text,
+        len(answer.tokens),
+        answer.prompt_tokens,
+        answer.finish_reason,
+        answer.error,
+        asdict(answer.timings),
+        wall_ms,
+    )
+
+
+def whole_rows(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file; a last line that a kill tore off is cut away."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_atomic(path, whole)
+    return list(read_rows(path, Row))
