@@ -9,9 +9,7 @@ The names are the same in every precision. optimum-intel's `OVModelForVisualCaus
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,14 +18,14 @@ from typing import Any
 
 from mpa_edge.bundle import Bundle, File, Role, describe_file
 from mpa_edge.errors import ExportError, InputError
+from mpa_edge.export.float32_graphs import graphs_once, scratch_in
+from mpa_edge.export.model_files import CONFIG, read_json, write_json
 from mpa_edge.export.onnx_processor import write_processor
 from mpa_edge.export.openvino_graphs import EMBED, LANGUAGE, export_graphs, graph_path
 from mpa_edge.export.openvino_vision import MERGER, VISION
 from mpa_edge.export.quiet import quiet
-from mpa_edge.records import write_atomic
 from mpa_edge.runtime.openvino_library import ov
 
-CONFIG = "config.json"
 ROLES: dict[str, Role] = {
     LANGUAGE: "language_model",
     EMBED: "embed_tokens",
@@ -71,8 +69,8 @@ def to_openvino(
         raise InputError(f"--quant {quant}: OpenVINO bundles come as {', '.join(PRECISIONS)}")
     with ExitStack() as stack:
         if graphs is None:
-            graphs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpa-edge-")))
-        differences = _graphs_once(merged, graphs)
+            graphs = Path(stack.enter_context(scratch_in(folder)))
+        differences = graphs_once(merged, graphs, export_graphs)
         names = [name for name in ROLES if graph_path(graphs, name).is_file()]
         for name in names:
             _write_graph(graphs, folder, name, PRECISIONS[quant])
@@ -82,7 +80,8 @@ def to_openvino(
     }
     files = [described for name in names for described in _describe(folder, name)]
     files += write_processor(merged, folder)
-    files.append(_write_config(merged, folder))
+    write_json(folder / CONFIG, read_json(merged / CONFIG))
+    files.append(describe_file(folder, CONFIG, "config"))
     return files, checks
 
 
@@ -95,23 +94,18 @@ Other programs scale and cut pictures in their own way, so that answers may diff
 its own (`pip install "optimum-intel[openvino]"`; it wants another transformers than mpa-edge):
 
     from optimum.intel.openvino import OVModelForVisualCausalLM
+    from PIL import Image
     from transformers import AutoProcessor
 
     model, processor = OVModelForVisualCausalLM.from_pretrained("."), AutoProcessor.from_pretrained(".")
     content = [{{"type": "image"}}, {{"type": "text", "text": {asked!r}}}]
     prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[Image.open("photo.jpg")], return_tensors="pt")
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens={bundle.prompt.max_new_tokens})
+    print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
     # optimum-intel knows InternVL with its authors' own code only.
     return '    mpa-edge ask . photo.jpg "What does the sign say?"\n' + ("" if bundle.family == "internvl" else others)
-
-
-def _graphs_once(merged: Path, graphs: Path) -> dict[str, float]:
-    """The float32 graphs in `graphs`, made unless they are there; the notes are written last and vouch for them."""
-    notes = graphs / "differences.json"
-    if not notes.is_file():
-        write_atomic(notes, json.dumps(export_graphs(merged, graphs)))
-    differences: dict[str, float] = json.loads(notes.read_text())
-    return differences
 
 
 def _write_graph(graphs: Path, folder: Path, name: str, precision: Precision) -> None:
@@ -157,10 +151,3 @@ def _weight_bytes(path: Path) -> dict[str, int]:
         if node.get_type_name() == "Constant":
             total[node.get_element_type().get_type_name()] += node.get_byte_size()
     return dict(total)
-
-
-def _write_config(merged: Path, folder: Path) -> File:
-    config = json.loads((merged / CONFIG).read_bytes())
-    config.pop("_name_or_path", None)  # a path of the machine that trained it
-    write_atomic(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return describe_file(folder, CONFIG, "config")
