@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from mpa_edge.export.memory import give_back_memory
+
 
 class Steps:
     """`steps("merge")` ends the step before and begins this one; leaving the `with` block ends the last.
@@ -20,6 +22,7 @@ class Steps:
 
     def __call__(self, name: str) -> None:
         self._end()
+        give_back_memory()
         self._name, self._start = name, time.perf_counter()
         self._tell(f"{name} …")
 
