@@ -99,7 +99,9 @@ def _reach(engine: str, machine: Machine) -> str:
     """What an installed engine runs on."""
     if engine == "llama.cpp":
         return "offloads to an accelerator" if machine.llama_offloads else "built for the CPU only"
-    return f"providers {', '.join(machine.providers)} (bundles run on the CPU's)"
+    if engine == "openvino":
+        return "runs on the CPU"
+    return f"providers {', '.join(machine.providers)}"
 
 
 def _version(library: str, package: str) -> str | None:
