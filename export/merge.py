@@ -7,7 +7,6 @@ and refused.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from mpa_edge.errors import ExportError, ModelError
 from mpa_edge.export.merge_checks import check_files, check_logits, check_tensors, logits_of, probe_of, refuse_quantized
 from mpa_edge.export.merge_trained import AdaptedModel, Trained, WholeModel
 from mpa_edge.export.merge_weights import load_model, names_on_disk, weight_files
+from mpa_edge.export.model_files import CONFIG, read_json, write_json
 from mpa_edge.models import WHOLE, base_of
 from mpa_edge.processors import load_processor, save_limit
 
@@ -89,7 +89,7 @@ def write_merged(base: Path, out: Path, changed: Mapping[str, str], tensor: Call
     for file in base.iterdir():
         if file.is_file() and file.suffix in KEPT_SUFFIXES:
             shutil.copyfile(file, out / file.name)
-    _write_config(base, out)
+    write_json(out / CONFIG, read_json(base / CONFIG))
     _write_card(base, out)
 
 
@@ -116,13 +116,6 @@ def _like(before: torch.Tensor, after: torch.Tensor, name: str) -> torch.Tensor:
     if after.shape != before.shape:
         raise ExportError(f"{name} has the shape {tuple(after.shape)} after training, {tuple(before.shape)} before")
     return after.to(before.dtype, copy=True).contiguous()
-
-
-def _write_config(base: Path, out: Path) -> None:
-    """The base's config without the path that some versions of transformers leave in it."""
-    config = json.loads((base / "config.json").read_bytes())
-    config.pop("_name_or_path", None)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write_card(base: Path, out: Path) -> None:

@@ -7,10 +7,7 @@ graphs are float32.
 from __future__ import annotations
 
 import gc
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +18,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForImageTextToText
 
-from mpa_edge.errors import ExportError
 from mpa_edge.export.families import family_of, read_config
+from mpa_edge.export.float32_graphs import check_differences, scratch_in
+from mpa_edge.export.merge_weights import in_float32
 from mpa_edge.export.onnx_decoder import decoder_graph, mrope_sections, save_text_model, text_model
 from mpa_edge.export.onnx_save import IR_VERSION, OPSET, open_graph, save_graph
 from mpa_edge.export.onnx_vision import VISION_ENCODERS, reference_features, vision_graph
 from mpa_edge.export.quiet import quiet
-from mpa_edge.records import write_atomic
 
 VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
-# Float32 on both sides, so only the order of additions differs; 1e-4 of the largest value is far above that (1e-6 seen)
-# and far below what a lost RoPE base, a transposed weight or a wrong epsilon does.
-TOLERANCE = 1e-4
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -52,9 +46,8 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
     largest output. Raises `UnknownFamily`, and `ExportError` when a graph differs.
     """
     family = family_of(read_config(merged)).name
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.onnx" for name in (VISION, EMBED, DECODER)}
-    with tempfile.TemporaryDirectory(prefix="mpa-edge-") as scratch, torch.inference_mode(), quiet():
+    with scratch_in(folder) as scratch, torch.inference_mode(), quiet():
         samples = _save_decoder(merged, Path(scratch), paths)
         samples[VISION] = _save_vision(merged, family, paths[VISION])
         differences = {
@@ -62,18 +55,7 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
             EMBED: difference(paths[EMBED], samples[EMBED]),
             DECODER: decoder_difference(paths[DECODER], samples[DECODER]),
         }
-    for name, found in differences.items():
-        if not found <= TOLERANCE:  # NaN fails too
-            raise ExportError(f"{name}.onnx differs from the model by {found:.2g} of its largest output")
-    return differences
-
-
-def graphs_once(merged: Path, folder: Path) -> dict[str, float]:
-    """As `export_graphs`, unless they are there: notes are written last and vouch for them."""
-    notes = folder / "differences.json"
-    if not notes.is_file():
-        write_atomic(notes, json.dumps(export_graphs(merged, folder)))
-    differences: dict[str, float] = json.loads(notes.read_text())
+    check_differences(differences, "{}.onnx")
     return differences
 
 
@@ -111,7 +93,7 @@ def decoder_sample(model: Any) -> Sample:
         positions[:, 0, 5:17] = 5 + torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(3)).T
         positions[:, 0, 17:] -= 8
     text = text_model(model)
-    with _in_float32(text, model.lm_head):
+    with in_float32(model):
         states = text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
         logits = model.lm_head(states)
     return Sample({"inputs_embeds": embeds.numpy(), "position_ids": positions.numpy()}, logits.numpy())
@@ -178,30 +160,6 @@ def _drop_text_model(model: Any) -> None:
     delattr(model.model, next(name for name, child in model.model.named_children() if child is text))
     del model.lm_head
     gc.collect()
-
-
-@contextmanager
-def _in_float32(*parts: Any) -> Iterator[None]:
-    """Let parts of a model compute in float32, with the weights of one layer at a time converted while it runs."""
-    kept: dict[Any, list[tuple[Any, Any]]] = {}
-
-    def widen(module: Any, _: Any) -> None:
-        kept[module] = [(parameter, parameter.data) for parameter in module.parameters(recurse=False)]
-        for parameter, data in kept[module]:
-            parameter.data = data.float()
-
-    def restore(module: Any, *_: Any) -> None:
-        for parameter, data in kept.pop(module):
-            parameter.data = data
-
-    modules = [module for part in parts for module in part.modules()]
-    hooks = [module.register_forward_pre_hook(widen) for module in modules]
-    hooks += [module.register_forward_hook(restore) for module in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _relative(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:

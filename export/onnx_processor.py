@@ -14,10 +14,10 @@ from typing import Any
 
 from mpa_edge.bundle import File, describe_file
 from mpa_edge.errors import ExportError
-from mpa_edge.records import write_atomic
+from mpa_edge.export.model_files import read_json, write_json
 
 TOKENIZER = "tokenizer.json"
-# Taken over as they are; those that transformers no longer writes are optional.
+# Taken over, without paths of the machine; those that transformers no longer writes are optional.
 OTHERS = (
     "generation_config.json",
     "processor_config.json",
@@ -35,7 +35,10 @@ def write_processor(merged: Path, folder: Path) -> list[File]:
         raise ExportError(f"{merged} has no {TOKENIZER}")
     names = [TOKENIZER, *(name for name in OTHERS if (merged / name).is_file())]
     for name in names:
-        shutil.copyfile(merged / name, folder / name)
+        if name != TOKENIZER and name.endswith(".json"):
+            write_json(folder / name, read_json(merged / name))
+        else:
+            shutil.copyfile(merged / name, folder / name)
     write_json(folder / PREPROCESSOR, _preprocessor(merged))
     names.append(PREPROCESSOR)
     _add_chat_template(folder)
@@ -43,17 +46,12 @@ def write_processor(merged: Path, folder: Path) -> list[File]:
     return [describe_file(folder, name, "tokenizer" if name == TOKENIZER else "config") for name in names]
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as transformers does."""
-    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
 def _preprocessor(merged: Path) -> dict[str, Any]:
     """The image processor's settings in a file of their own, where transformers.js and transformers 4 look for them."""
     if (merged / PREPROCESSOR).is_file():
-        settings: dict[str, Any] = json.loads((merged / PREPROCESSOR).read_bytes())
+        settings = read_json(merged / PREPROCESSOR)
     else:
-        processor = json.loads((merged / PROCESSOR).read_bytes())
+        processor = read_json(merged / PROCESSOR)
         settings = {**processor["image_processor"], "processor_class": processor.get("processor_class")}
     # transformers 5 appends its backend to the class name, which only it knows.
     kind = str(settings.get("image_processor_type", "")).removesuffix("Pil").removesuffix("Fast")

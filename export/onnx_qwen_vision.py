@@ -18,7 +18,7 @@ from torch.nn import functional
 @dataclass(frozen=True)
 class Places:
     """Where patches lie, int64 (patches,) each: `frame` is the number of the first patch of a patch's picture or frame,
-    `row` and `column` count patches in it, `rows` and `columns` are its size."""
+    `row` and `column` count patches in it, `columns` is its width."""
 
     frame: torch.Tensor
     row: torch.Tensor
@@ -71,7 +71,7 @@ class QwenVision(torch.nn.Module):
         near = _same(self._window_of(places)) if self.window else picture
         for layer, block in enumerate(self.blocks):
             mask = picture if layer in self.full else near
-            hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, mask)
+            hidden = hidden + attend(block.attn, block.norm1(hidden), cos, sin, mask)
             hidden = hidden + block.mlp(block.norm2(hidden))
         tokens = self.merger.ln_q(hidden).reshape(1, -1, self.merger.hidden_size)
         features: torch.Tensor = self.merger.mlp(tokens)[0]
@@ -88,10 +88,11 @@ def _same(numbers: torch.Tensor) -> torch.Tensor:
     return numbers[:, None] == numbers[None]
 
 
-def _attend(
+def attend(
     attention: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """`VisionAttention.forward` of (1, patches, width) with a mask (patches, patches) in the place of lengths."""
+    """`VisionAttention.forward` of (1, patches, width) with a mask in the place of lengths: (patches, patches) or, with
+    axes for pictures and heads, (1, 1, patches, patches). `cos` and `sin` are (patches, width of a head)."""
     count = hidden.shape[1]
     parts = attention.qkv(hidden).reshape(count, 3, attention.num_heads, -1).permute(1, 2, 0, 3)
     query, key, value = parts.unsqueeze(1).unbind(0)

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from mpa_edge.errors import ExportError
 from mpa_edge.export.families import family_of, read_config
+from mpa_edge.export.float32_graphs import check_differences
 from mpa_edge.export.openvino_vision import MERGER, VISION, VISION_PARTS, Part, QwenPatches
 from mpa_edge.export.quiet import quiet
 from mpa_edge.runtime.openvino import EXACT, WINDOW
@@ -34,9 +35,6 @@ from mpa_edge.runtime.openvino_library import opset13, ov
 from mpa_edge.runtime.openvino_vision import merger_inputs
 
 LANGUAGE, EMBED = "language_model", "text_embeddings_model"
-# Float32 on both sides, so only the order of additions differs; 1e-4 of the largest value is far above that (1e-6 seen)
-# and far below what a lost RoPE base, a transposed weight or a wrong epsilon does.
-TOLERANCE = 1e-4
 # Positions in the cache of the example that the language model is traced with, and new ones.
 PAST, NEW = 5, 4
 
@@ -61,9 +59,7 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
             EMBED: _embedding_difference(model, folder),
             LANGUAGE: _language_difference(model, folder),
         }
-    for name, difference in differences.items():
-        if not difference <= TOLERANCE:  # NaN fails too
-            raise ExportError(f"openvino_{name}.xml differs from the model by {difference:.2g} of its largest output")
+    check_differences(differences, "openvino_{}.xml")
     return differences
 
 

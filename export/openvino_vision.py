@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from mpa_edge.export.onnx_qwen_vision import attend
 from mpa_edge.export.onnx_vision import InternVlVision, LlavaVision
 
 VISION, MERGER = "vision_embeddings_model", "vision_embeddings_merger_model"
@@ -85,13 +86,14 @@ class QwenMerger(torch.nn.Module):
         self, hidden: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor, window_mask: torch.Tensor
     ) -> torch.Tensor:
         """`window_mask` is for the layers that see windows only."""
-        turned = torch.cat([angles, angles], -1)[:, None]
+        turned = torch.cat([angles, angles], -1)
         cos, sin = turned.cos(), turned.sin()
+        hidden = hidden[None]
         for layer, block in enumerate(self.blocks):
             seen = mask if layer in self.full else window_mask
-            hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, seen)
+            hidden = hidden + attend(block.attn, block.norm1(hidden), cos, sin, seen[None])
             hidden = hidden + block.mlp(block.norm2(hidden))
-        features: torch.Tensor = self.merger(hidden)
+        features: torch.Tensor = self.merger(hidden[0])
         return features
 
 
@@ -195,24 +197,6 @@ def _merger_inputs(config: Any) -> tuple[dict[str, torch.Tensor], dict[str, Sequ
         "rotary_pos_emb": _random(patches, half),
     }
     return inputs, {"hidden_states": (-1, width), "attention_mask": (1, -1, -1), "rotary_pos_emb": (-1, half)}
-
-
-def _attend(
-    attention: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """`VisionAttention.forward` in transformers, with a mask in the place of lengths."""
-    count = hidden.shape[0]
-    query, key, value = attention.qkv(hidden).reshape(count, 3, attention.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
-    query, key = (part * cos + _rotate_half(part) * sin for part in (query, key))
-    query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
-    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[None], scale=attention.scaling)
-    projected: torch.Tensor = attention.proj(mixed[0].transpose(0, 1).reshape(count, -1))
-    return projected
-
-
-def _rotate_half(values: torch.Tensor) -> torch.Tensor:
-    first, second = values.chunk(2, -1)
-    return torch.cat([-second, first], -1)
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from mpa_edge.export.gguf_reader import Reader
 from mpa_edge.export.gguf_tokenizer import check_pieces, check_tokenizer, pre_tokenizer_name, sentence_pieces
 from mpa_edge.export.gguf_vision import vision_converter
 from mpa_edge.export.merged import Names
+from mpa_edge.export.model_files import without_paths
 from mpa_edge.export.quants import GGUF, checked, checked_mmproj
 from mpa_edge.runtime import llamacpp
 
@@ -154,10 +155,8 @@ def _convert_vision(merged: Path, scratch: Path, kind: str, names: Names, whose:
 
 def _full_config(merged: Path) -> dict[str, Any]:
     """`config.json` with the defaults that transformers leaves out when it saves; no path of this machine."""
-    config: dict[str, Any] = AutoConfig.from_pretrained(merged).to_dict()
+    config: dict[str, Any] = without_paths(AutoConfig.from_pretrained(merged).to_dict())
     config["architectures"] = json.loads((merged / "config.json").read_bytes()).get("architectures") or []
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        part.pop("_name_or_path", None)
     if not config["architectures"]:
         raise ExportError(f"{merged / 'config.json'} names no architecture")
     return config

@@ -6,8 +6,6 @@ manifest would say stands in the model card; transformers opens the folder, and 
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +15,9 @@ from mpa_edge.errors import ExportError
 from mpa_edge.export.merge_weights import weight_files
 from mpa_edge.export.merged import Merged
 from mpa_edge.export.model_card import CARD, model_card
+from mpa_edge.export.model_files import read_json, write_json
 from mpa_edge.export.samples import Question
 from mpa_edge.export.workshop import Workshop
-from mpa_edge.records import write_atomic
 from mpa_edge.runtime.vlm import Answer, Decoding
 
 # What transformers reads besides weights. Anything else in a model folder (logs, trainer states) may tell of a machine.
@@ -33,8 +31,6 @@ OTHERS = (
     *("chat_template.jinja", "model.safetensors.index.json"),
 )
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
-# Keys under which libraries leave the paths of the machine that they ran on: _name_or_path, tokenizer_file, cache_dir.
-LOCAL = re.compile(r"(^|_)(path|file|dir|folder)$")
 
 
 class Reference(Protocol):
@@ -82,8 +78,7 @@ def copy_model(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
     for name in SETTINGS:
         if (source / name).is_file():
-            content = json.loads((source / name).read_bytes())
-            write_atomic(folder / name, json.dumps(_without_paths(content), indent=2, ensure_ascii=False) + "\n")
+            write_json(folder / name, read_json(source / name))
 
 
 def verify_folder(folder: Path, reference: Reference) -> dict[str, Any]:
@@ -113,10 +108,3 @@ def _copy_licence(merged: Merged, folder: Path) -> None:
     for pattern in LICENCES:
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
-
-
-def _without_paths(content: Any) -> Any:
-    if isinstance(content, dict):
-        kept = {key: value for key, value in content.items() if not (isinstance(value, str) and LOCAL.search(key))}
-        return {key: _without_paths(value) for key, value in kept.items()}
-    return [_without_paths(item) for item in content] if isinstance(content, list) else content

@@ -10,9 +10,7 @@ The suffix of a graph is its own precision; `config.json` tells transformers.js 
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,12 +21,13 @@ import onnx
 
 from mpa_edge.bundle import File, Role, describe_file
 from mpa_edge.errors import InputError
+from mpa_edge.export.float32_graphs import graphs_once, scratch_in
+from mpa_edge.export.model_files import CONFIG, read_json, write_json
 from mpa_edge.export.onnx_features import feature_error
-from mpa_edge.export.onnx_graphs import DECODER, EMBED, VISION, graphs_once
-from mpa_edge.export.onnx_processor import write_json, write_processor
+from mpa_edge.export.onnx_graphs import DECODER, EMBED, VISION, export_graphs
+from mpa_edge.export.onnx_processor import write_processor
 from mpa_edge.export.onnx_quantize import PRECISIONS, Precision, convert
 
-CONFIG = "config.json"
 ROLES: dict[str, Role] = {VISION: "vision_encoder", EMBED: "embed_tokens", DECODER: "decoder"}
 # What transformers.js 3 makes the empty cache of; version 4 asks the graph.
 CACHE_TYPES = {name: "float16" for name, precision in PRECISIONS.items() if precision.half}
@@ -52,8 +51,8 @@ def to_onnx(
     precisions = graph_precisions(quant, quantize_vision)
     with ExitStack() as stack:
         if graphs is None:
-            graphs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpa-edge-")))
-        differences = graphs_once(merged, graphs)
+            graphs = Path(stack.enter_context(scratch_in(folder)))
+        differences = graphs_once(merged, graphs, export_graphs)
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
         for name, precision in precisions.items():
             _write_graph(graphs / f"{name}.onnx", folder / _path(name, precision), precision)
@@ -107,8 +106,7 @@ def _describe_graphs(folder: Path, precisions: Mapping[str, Precision]) -> list[
 
 
 def _write_config(merged: Path, folder: Path, precisions: Mapping[str, Precision], files: list[File]) -> File:
-    config = json.loads((merged / CONFIG).read_bytes())
-    config.pop("_name_or_path", None)  # a path of the machine that trained it
+    config = read_json(merged / CONFIG)
     if config["model_type"] == "qwen2_vl":
         # For this family transformers.js counts the layers of the cache at the top level.
         config["num_hidden_layers"] = config["text_config"]["num_hidden_layers"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from mpa_edge.errors import ExportError
 from mpa_edge.export import onnx_tensors
+from mpa_edge.export.float32_graphs import graphs_once
 from mpa_edge.export.onnx_decoder import text_model
 from mpa_edge.export.onnx_graphs import (
     DECODER,
     EMBED,
     VISION,
     decoder_sample,
-    graphs_once,
+    export_graphs,
 )
 from mpa_edge.export.onnx_qwen_vision import QwenVision, places_of
 from mpa_edge.export.onnx_vision import qwen2_5_vl, reference_features
@@ -76,7 +78,8 @@ class Graphs:
 
     def __init__(self, name: str, model: Path, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        self.name, self.folder, self.differences = name, folder, graphs_once(model, folder)
+        self.name, self.folder = name, folder
+        self.differences = graphs_once(model, folder, export_graphs)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
         self.processor = load_processor(model)
         self.vision, self.embed, self.decoder = (self._open(graph) for graph in (VISION, EMBED, DECODER))
@@ -280,7 +283,7 @@ def test_a_graph_that_differs_from_the_model_fails_the_export(
 ) -> None:
     whole = onnx_graphs(tiny_idefics3)
     whole.mkdir(exist_ok=True)
-    graphs_once(tiny_idefics3, whole)
+    graphs_once(tiny_idefics3, whole, export_graphs)
 
     def graph(wanted: str) -> ir.Model:
         model = onnx.load(whole / f"{wanted}.onnx")
@@ -295,8 +298,10 @@ def test_a_graph_that_differs_from_the_model_fails_the_export(
     monkeypatch.setattr(f"{module}.vision_graph", lambda encoder: graph(VISION))
     monkeypatch.setattr(f"{module}.decoder_graph", lambda text, config, scratch: graph(DECODER))
     (tmp_path / "graphs").mkdir()
+    # Nothing of it is in the system's temporary folder.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(ExportError, match=f"{name}.onnx differs"):
-        graphs_once(tiny_idefics3, tmp_path / "graphs")
+        graphs_once(tiny_idefics3, tmp_path / "graphs", export_graphs)
     assert not (tmp_path / "graphs" / "differences.json").exists()
 
 
