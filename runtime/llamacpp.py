@@ -66,6 +66,7 @@ class LlamaCpp:
         self._model: Any = None
         self._context: Any = None
         self._mtmd: Any = None
+        self._one: Any = _batch_of_one()
         # Tokens in the cache, and the position of the next one: not the same where a picture has rows and columns.
         self._past = self._position = 0
         self._mark: tuple[int, int] | None = None
@@ -86,12 +87,8 @@ class LlamaCpp:
         self._image_token_id = _token_id(vocabulary, bundle.prompt.image_token, language_model)
 
     def encode(self, cut: Cut) -> Features:
-        """See `Engine.encode`. Raises `BundleError` when the mmproj gives another number of features."""
-        features = np.concatenate([self._encode_tile(tile) for tile in cut.tiles])
-        wanted = self._family.image_tokens(cut.rows, cut.columns, self._image)
-        if len(features) != wanted:
-            raise BundleError(f"mmproj gives {len(features)} features, the manifest says {wanted} image tokens")
-        return features
+        """See `Engine.encode`."""
+        return np.concatenate([self._encode_tile(tile) for tile in cut.tiles])
 
     def prefill(
         self,
@@ -121,6 +118,8 @@ class LlamaCpp:
 
     def extend(self, token_ids: Sequence[int]) -> Logits:
         """See `Engine.extend`."""
+        if len(token_ids) == 1:
+            return self._decode_one(token_ids[0])
         ids = np.asarray(token_ids, np.int32)
         for start in range(0, len(ids), BATCH):
             part = ids[start : start + BATCH]
@@ -150,7 +149,9 @@ class LlamaCpp:
             llama.llama_free(self._context)
         if self._model:
             llama.llama_model_free(self._model)
-        self._mtmd = self._context = self._model = None
+        if self._one:
+            llama.llama_batch_free(self._one)
+        self._mtmd = self._context = self._model = self._one = None
 
     def _encode_tile(self, tile: Tiles) -> Features:
         height, width, _ = tile.shape
@@ -207,14 +208,33 @@ class LlamaCpp:
             seq_id=sequences,
             logits=output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
+        return self._decode(batch, wanted, int(positions.max()))
+
+    def _decode_one(self, token: int) -> Logits:
+        """Append one token: for a small model, making a batch anew takes as long as half of its computation."""
+        self._one.token[0], self._one.pos[0] = token, self._position
+        return cast("Logits", self._decode(self._one, 1, self._position)[0])
+
+    def _decode(self, batch: Any, wanted: int, last: int) -> Logits:
+        """Compute a batch whose largest position is `last`; the logits (wanted, vocabulary) that it asks for."""
         status = llama.llama_decode(self._context, batch)
         if status != 0:
             raise ModelError(f"llama_decode failed with status {status} after {self._past} tokens")
-        self._past, self._position = self._past + count, max(self._position, int(positions.max()) + 1)
+        self._past, self._position = self._past + batch.n_tokens, max(self._position, last + 1)
         if wanted == 0:
             return np.empty((0, self._vocabulary_size), np.float32)
-        logits = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (wanted, self._vocabulary_size))
-        return cast("Logits", logits.copy())
+        rows = ctypes.c_float * (wanted * self._vocabulary_size)
+        address = ctypes.cast(llama.llama_get_logits(self._context), ctypes.c_void_p).value
+        # Copied: llama.cpp overwrites its buffer with the next batch.
+        return np.frombuffer(rows.from_address(address), np.float32).reshape(wanted, -1).copy()
+
+
+def _batch_of_one() -> Any:
+    """A batch for one text token of sequence 0, with its logits; to be used again and again."""
+    batch = llama.llama_batch_init(1, 0, 1)
+    batch.n_tokens = batch.n_seq_id[0] = batch.logits[0] = 1
+    batch.seq_id[0][0] = 0
+    return batch
 
 
 def _runs(is_image: np.ndarray[Any, Any], size: int) -> Iterator[slice]:
