@@ -10,29 +10,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mpa_edge.bundle import Bundle, File, describe_file, write_bundle
+from mpa_edge.bundle import FORMATS, Bundle, File, describe_file, write_bundle
 from mpa_edge.errors import InputError, require
 from mpa_edge.export.families import family_of, prompt_settings, read_config
-from mpa_edge.export.merged import Merged, open_source
+from mpa_edge.export.merged import Merged, open_source, root_of
+from mpa_edge.export.model_files import CONFIG
 from mpa_edge.export.quants import Format, checked, checked_mmproj
 from mpa_edge.export.road import NAME as ROAD
-from mpa_edge.export.road import Road, missing_full_precision
+from mpa_edge.export.road import Asked, Road, missing_full_precision, read_asked
 from mpa_edge.export.samples import run_questions, synthetic_questions
 from mpa_edge.export.steps import Steps
 from mpa_edge.export.workshop import Workshop
 from mpa_edge.processors import load_processor
+from mpa_edge.run_folder import RUN
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.selfcheck import MADE_WITH, SHAPING
 from mpa_edge.runtime.vlm import Decoding
 from mpa_edge.versions import installed
 
-ENGINES: dict[Format, Literal["llama.cpp", "onnxruntime", "openvino"]] = {
-    "gguf": "llama.cpp",
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-}
+ENGINES: dict[str, Any] = {format: engine for engine, format in FORMATS.items()}
 # What a format needs, looked for before any work; it comes with the extra `export`, or with its own.
 TRAINING_SIDE = ("torch", "transformers", "peft", "safetensors")
 LIBRARIES: dict[Format, tuple[str, ...]] = {
@@ -84,9 +82,10 @@ def export(
     _check_options(format, wanted, options)
     require(EXTRAS.get(format, "export"), LIBRARIES[format])
     with _no_progress_bars(), Steps(progress) as steps:
+        asked = _asked(Path(source), out, options)
         merged = open_source(Path(source), out, steps)
         family_of(read_config(merged.folder))
-        road = Road(merged, options.data, limit=options.limit) if options.data else None
+        road = Road(merged, asked) if asked else None
         with Workshop(merged.root) as workshop:
             if format == "hf":
                 return [_hf_folder(merged, road, workshop, samples, options, steps)]
@@ -99,6 +98,8 @@ def _check_options(format: Format, quants: Sequence[str], options: Options) -> N
         checked_mmproj(options.mmproj)
     elif options.mmproj != Options.mmproj:
         raise InputError("--mmproj goes with --format gguf")
+    if options.limit is not None and options.data is None:
+        raise InputError("--limit goes with --data FILE")
     if options.quantize_vision:
         if format != "onnx":
             raise InputError("--quantize-vision goes with --format onnx")
@@ -106,6 +107,13 @@ def _check_options(format: Format, quants: Sequence[str], options: Options) -> N
 
         for quant in quants:
             graph_precisions(quant, quantize_vision=True)
+
+
+def _asked(source: Path, out: Path | None, options: Options) -> Asked | None:
+    """The questions of `--data`; what is neither a run nor a model is for `open_source` to tell."""
+    if options.data is None or not any((source / name).is_file() for name in (RUN, CONFIG)):
+        return None
+    return read_asked(source, root_of(source, out), options.data, options.limit)
 
 
 @contextmanager

@@ -66,6 +66,11 @@ def open_source(source: Path, out: Path | None, progress: Progress) -> Merged:
     raise InputError(f"{source} is neither a run (no {RUN}) nor a model folder (no config.json)")
 
 
+def root_of(source: Path, out: Path | None) -> Path:
+    """Where the bundles of a run or of a model folder go."""
+    return out or (source / "bundles" if (source / RUN).is_file() else Path("bundles") / source.resolve().name)
+
+
 def _plain_model(folder: Path, out: Path | None) -> Merged:
     from mpa_edge.export.merge_checks import check_files, refuse_quantized
     from mpa_edge.export.merge_weights import load_model
@@ -76,7 +81,7 @@ def _plain_model(folder: Path, out: Path | None) -> Merged:
     name = folder.resolve().name
     return Merged(
         folder=folder,
-        root=out or Path("bundles") / name,
+        root=root_of(folder, out),
         provenance=Source(student=name, base_sha256=digest_of_folder(folder), tool_version=__version__),
         names=Names(base=name),
         checks={"source": "base", **check_files(folder)},
@@ -96,7 +101,7 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
     base = _model_name(base_of(student))
     return Merged(
         folder=folder,
-        root=out or run / "bundles",
+        root=root_of(run, out),
         provenance=Source(
             student=base,
             teacher=_model_name(config["teacher"]) if config.get("teacher") else None,
@@ -130,7 +135,8 @@ def _merge_once(run: Path, student: Path, longest_edge: int | None, progress: Pr
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or half of it: make it anew
     progress("merge")
-    with Workshop(run) as workshop:
+    # Out of reach of an `align` that trains the student anew, and of another export that merges it.
+    with RunFolder(run).lock(), Workshop(run) as workshop:
         fresh = workshop.folder("merged")
         checks = merge(student, fresh, longest_edge=longest_edge)
         record.unlink(missing_ok=True)

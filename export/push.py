@@ -15,7 +15,8 @@ MESSAGE = "Upload a model exported by mpa-edge"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes, or would go, where: `files` are paths in the repository with their sizes in bytes."""
+    """What goes, or would go, where: `files` are paths in the repository with their sizes in bytes. `private` is what
+    the hub says of the repository; before an upload, what a new one would be."""
 
     repo: str
     private: bool
@@ -37,14 +38,15 @@ def push(
     when it is not there.
 
     A new repository is private unless told otherwise: a model may remember the pictures that it was trained on, and
-    making one public later takes a click; the visibility of one that exists is left as it is. The token comes from
-    the environment variable HF_TOKEN alone. `dry_run` sends nothing and needs no token. `endpoint` is another hub's
-    address; by default huggingface_hub's own (HF_ENDPOINT). Raises `InputError` for a name or a folder that cannot be,
-    and for a missing token; `ExportError` when the hub refuses.
+    making one public later takes a click. One that exists stays as it is, and to a public one nothing is sent unless
+    `private` is false. The token comes from the environment variable HF_TOKEN alone. `dry_run` sends nothing and needs
+    no token. `endpoint` is another hub's address; by default huggingface_hub's own (HF_ENDPOINT). Raises `InputError`
+    for a name or a folder that cannot be, for a missing token, and for a public repository where a private one is
+    wanted; `ExportError` when the hub refuses.
     """
     files = _files(folder)
     token = check_push(name, dry_run=dry_run)
-    return Upload(name, private, files, None if dry_run else _upload(folder, name, files, private, token, endpoint))
+    return Upload(name, private, files) if dry_run else _upload(folder, name, files, private, token, endpoint)
 
 
 def check_push(name: str, *, dry_run: bool = False) -> str:
@@ -78,21 +80,27 @@ def _check_name(name: str) -> None:
 
 def _upload(
     folder: Path, name: str, files: tuple[tuple[str, int], ...], private: bool, token: str, endpoint: str | None
-) -> str:
+) -> Upload:
     from huggingface_hub import HfApi
 
     api: Any = HfApi(endpoint=endpoint, token=token, library_name="mpa-edge")
     try:
         repo = api.create_repo(name, private=private, exist_ok=True)
+        # One that was there keeps its own visibility, and the hub does not say so by itself.
+        is_private = bool(api.repo_info(repo.repo_id).private)
+        if private and not is_private:
+            raise InputError(f"--push {name}: that repository is public; name another one, or say --public")
         api.upload_folder(
             repo_id=repo.repo_id,
             folder_path=folder,
             allow_patterns=[path for path, _ in files],
             commit_message=MESSAGE,
         )
+    except InputError:
+        raise
     except Exception as error:  # errors of the hub, of HTTP, of the network, of its upload library
         raise ExportError(f"--push {name}: the hub refused or cannot be reached ({_one_line(error)})") from error
-    return str(repo)
+    return Upload(name, is_private, files, str(repo))
 
 
 def _one_line(error: BaseException) -> str:

@@ -28,12 +28,12 @@ from mpa_edge.export.merged import Merged
 from mpa_edge.labelled import Question, read_questions, stratified
 from mpa_edge.memo import MemoVlm
 from mpa_edge.models import open_vlm
-from mpa_edge.run_folder import RunFolder, read_run
+from mpa_edge.run_folder import RUN, RunFolder, read_run
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding, Vlm
 from mpa_edge.stats import mean_interval, paired_difference
-from mpa_edge.tasks import Task
+from mpa_edge.tasks import Task, task_of_run
 from mpa_edge.versions import installed
 
 NAME = "road"  # under `checks` in the manifest
@@ -62,30 +62,46 @@ def missing_full_precision(format: str, quants: Sequence[str]) -> list[str]:
     return [known] if known and not FULL_PRECISION & set(quants) else []
 
 
-class Road:
-    """The labelled questions of one export, and who was asked them."""
+@dataclass(frozen=True)
+class Asked:
+    """The labelled questions of one export, with the task that they are asked and scored by; `about` goes into the
+    manifest."""
 
-    def __init__(self, merged: Merged, data: Path, *, limit: int | None = None) -> None:
-        """Read the questions. `limit` draws a stratified sample, the same as the benchmark's `--limit`. Raises
-        `InputError` where they cannot be read, and for a plain model folder, and `MissingExtra`."""
-        if merged.task is None:
-            raise InputError(
-                f"--data {data}: {merged.folder} names no task, so no prompt and no metric; export a run to score it"
-            )
-        self._task: Task = merged.task
-        self._metric = metric_named(self._task.metric)
-        self._metric("", ["-"])  # a library that it lacks is missed now, not at the end
+    task: Task
+    questions: Sequence[Question]
+    about: dict[str, Any]
+
+
+def read_asked(source: Path, root: Path, data: Path, limit: int | None = None) -> Asked:
+    """The labelled questions in the file `data` for the run `source`, whose bundles go to `root`; before any work.
+
+    `limit` draws a stratified sample, the same as the benchmark's `--limit`. Raises `InputError` where they cannot be
+    read, and for a model folder that is no run, `RunError`, and `MissingExtra`.
+    """
+    task = task_of_run(read_run(source)) if (source / RUN).is_file() else None
+    if task is None:
+        raise InputError(f"--data {data}: {source} names no task, so no prompt and no metric; export a run to score it")
+    metric_named(task.metric)("", ["-"])  # a library that it lacks is missed now, not at the end
+    everything = read_questions(data, store=root / KEPT / "images")
+    questions = stratified(everything, limit, 0)
+    about = {
+        "name": data.stem,
+        "n": len(questions),
+        "of": len(everything),
+        "pictures": len({question.image for question in questions}),
+        "skipped": dict(Counter(skipped.reason for skipped in everything.skipped)),
+        "sha256": _digest(questions),
+    }
+    return Asked(task, questions, about)
+
+
+class Road:
+    """The models of one export, and what they answer to labelled questions."""
+
+    def __init__(self, merged: Merged, asked: Asked) -> None:
+        self._task, self._questions, self._about = asked.task, asked.questions, asked.about
+        self._metric = metric_named(asked.task.metric)
         self._merged, self._folder = merged, merged.root / KEPT
-        everything = read_questions(data, store=self._folder / "images")
-        self._questions = stratified(everything, limit, 0)
-        self._about = {
-            "name": data.stem,
-            "n": len(self._questions),
-            "of": len(everything),
-            "pictures": len({question.image for question in self._questions}),
-            "skipped": dict(Counter(skipped.reason for skipped in everything.skipped)),
-            "sha256": _digest(self._questions),
-        }
 
     def checks(
         self, bundles: Sequence[tuple[Path, Bundle]] = (), progress: Callable[[str], None] = lambda line: None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,11 +16,12 @@ from typing import Any
 import pytest
 
 from mpa_edge.bundle import MANIFEST, read_bundle
-from mpa_edge.errors import ExportError, InputError, RunError, UnknownFamily
+from mpa_edge.errors import ExportError, InputError, RunError, RunLocked, UnknownFamily
 from mpa_edge.export import quants
 from mpa_edge.export.build import Options, export
 from mpa_edge.export.samples import run_questions
 from mpa_edge.records import Case, Sample, write_rows
+from mpa_edge.run_folder import RunFolder
 from mpa_edge.runtime import load
 from mpa_edge.runtime.selfcheck import selfcheck
 from mpa_edge.tasks import task_named
@@ -163,11 +163,11 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_one_ti
     assert [path.name for path in tmp_path.iterdir()] == ["gguf-q8_0"]
 
 
-def test_another_process_at_work_is_left_alone(tiny_one_tile: Path, tmp_path: Path) -> None:
-    theirs = tmp_path / f".gguf-f16.{os.getppid()}.tmp"
-    theirs.mkdir()
-    export(tiny_one_tile, "gguf", ["q8_0"], tmp_path, samples=2)
-    assert theirs.is_dir()
+def test_a_run_in_which_another_process_works_is_not_merged(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("merged*", "bundles")))
+    with RunFolder(other).lock(), pytest.raises(RunLocked, match="in use by another mpa-edge process"):
+        export(other, "gguf", ["q8_0"], tmp_path / "out", samples=2)
+    assert not (other / "merged").exists()
 
 
 @pytest.mark.parametrize(("format", "quant"), [("gguf", "int8"), ("onnx", "q8_0"), ("gguf", " ")])

@@ -28,6 +28,7 @@ class Hub:
     address: str = ""
     requests: list[tuple[str, str | None, bytes]] = field(default_factory=list)
     status: int = 200
+    private: bool = True  # as the repository is, whatever is asked for
 
     def sent(self, part: str) -> bytes:
         """The body of the one request whose path holds `part`."""
@@ -36,13 +37,15 @@ class Hub:
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         if path.endswith("/repos/create"):
-            name = "/".join(filter(None, ("me", json.loads(body)["name"])))
+            name = f"me/{json.loads(body)['name']}"
             return {"url": f"{self.address}/{name}", "name": name}
         if "/preupload/" in path:
             files = json.loads(body)["files"]
             return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
         if "/commit/" in path:
             return {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.address}/me/signs/commit/0"}
+        if path == "/api/models/me/signs":
+            return {"id": "me/signs", "private": self.private}
         return {"errors": [], "warnings": []}
 
 
@@ -51,6 +54,9 @@ def hub() -> Iterator[Hub]:
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_POST()
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0)) or self.chunks()
             hub.requests.append((self.path, self.headers.get("authorization"), body))
@@ -110,8 +116,22 @@ def test_all_files_of_the_export_and_no_others_reach_the_repository(hub: Hub, fo
 
 
 def test_public_is_public_only_when_it_is_asked_for(hub: Hub, folder: Path) -> None:
-    push(folder, "signs", private=False, endpoint=hub.address)
+    hub.private = False
+    upload = push(folder, "signs", private=False, endpoint=hub.address)
     assert json.loads(hub.sent("/repos/create"))["visibility"] == "public"
+    assert upload.lines()[0].endswith(", public")
+
+
+def test_nothing_is_sent_to_a_public_repository_that_was_to_be_private(hub: Hub, folder: Path) -> None:
+    """It was there before; the hub creates none, and leaves it as it is."""
+    hub.private = False
+    with pytest.raises(InputError, match=r"--push me/signs: that repository is public; .* --public"):
+        push(folder, "me/signs", endpoint=hub.address)
+    assert not [path for path, _, _ in hub.requests if "/commit/" in path or "/preupload/" in path]
+
+
+def test_a_private_repository_stays_private_and_is_called_so(hub: Hub, folder: Path) -> None:
+    assert push(folder, "me/signs", private=False, endpoint=hub.address).lines()[0].endswith(", private")
 
 
 def test_a_dry_run_lists_what_would_go_and_sends_nothing(

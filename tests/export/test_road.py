@@ -14,8 +14,9 @@ import torch
 from mpa_edge.bundle import Bundle
 from mpa_edge.errors import InputError
 from mpa_edge.export import road
+from mpa_edge.export.build import Options, export
 from mpa_edge.export.merged import Merged, open_source
-from mpa_edge.export.road import KEPT, Road, missing_full_precision
+from mpa_edge.export.road import KEPT, Road, missing_full_precision, read_asked
 from mpa_edge.models import open_vlm
 from mpa_edge.runtime import load, open_bundle
 from mpa_edge.runtime.images import open_image
@@ -35,6 +36,11 @@ def merged(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Merg
     task = {**task_named("reference").to_json(), "max_new_tokens": 4}
     (run / "run.json").write_text(json.dumps({"config": {"task": "reference"}, "task": task}))
     return open_source(run, None, lambda line: None)
+
+
+def road_of(merged: Merged, data: Path, limit: int | None = None) -> Road:
+    assert merged.run is not None
+    return Road(merged, read_asked(merged.run, merged.root, data, limit))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def bundles(merged: Merged, gguf_bundle: Any, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def found(merged: Merged, data: Path, bundles: list[tuple[Path, Bundle]]) -> dict[str, Any]:
-    return Road(merged, data).checks(bundles)
+    return road_of(merged, data).checks(bundles)
 
 
 @pytest.fixture
@@ -135,11 +141,11 @@ def test_nobody_is_asked_twice(
     found: dict[str, Any], merged: Merged, data: Path, bundles: list[tuple[Path, Bundle]], opened: list[str]
 ) -> None:
     steps: list[str] = []
-    assert Road(merged, data).checks(bundles, steps.append) == found
+    assert road_of(merged, data).checks(bundles, steps.append) == found
     assert not opened
     assert steps[0] == "score base on 10 questions"
-    assert Road(merged, data).checks()["steps"] == found["steps"][:3]
-    half = Road(merged, data, limit=6).checks(bundles)  # a sample of what was asked
+    assert road_of(merged, data).checks()["steps"] == found["steps"][:3]
+    half = road_of(merged, data, limit=6).checks(bundles)  # a sample of what was asked
     assert not opened
     assert (half["data"]["n"], half["data"]["of"]) == (6, 10)
     assert half["data"]["sha256"] != found["data"]["sha256"]
@@ -151,7 +157,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     answers = merged.root / KEPT / "answers.jsonl"
     lines = answers.read_text().splitlines()
     answers.write_text("\n".join(lines[:-3]) + "\n" + lines[-1][:20])  # torn in the middle of a line
-    assert Road(merged, data).checks(bundles) == found
+    assert road_of(merged, data).checks(bundles) == found
     assert opened == ["q8_0"]
 
 
@@ -160,7 +166,7 @@ def test_another_adapter_is_asked_anew(merged: Merged, data: Path, found: dict[s
     before = metrics.read_text()
     try:
         metrics.write_text(before + " ")
-        Road(merged, data).checks()
+        road_of(merged, data).checks()
         assert opened == ["student"]
     finally:
         metrics.write_text(before)
@@ -169,16 +175,29 @@ def test_another_adapter_is_asked_anew(merged: Merged, data: Path, found: dict[s
 def test_a_picture_that_cannot_be_read_counts_as_wrong(merged: Merged, data: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data.parent, tmp_path / "data"))
     (copy / "0.png").write_bytes(b"no picture")  # of the first two questions, which the base has right
-    base = Road(merged, copy / "shelves.jsonl").checks()["steps"][0]
+    base = road_of(merged, copy / "shelves.jsonl").checks()["steps"][0]
     assert (base["value"], base["errors"]) == (0.5, 2)
 
 
 def test_what_cannot_be_scored_is_refused_before_any_work(merged: Merged, tiny_one_tile: Path, tmp_path: Path) -> None:
-    plain = open_source(tiny_one_tile, tmp_path, lambda line: None)
     with pytest.raises(InputError, match=r"--data .* names no task"):
-        Road(plain, tmp_path / "test.jsonl")
+        read_asked(tiny_one_tile, tmp_path, tmp_path / "test.jsonl")
     with pytest.raises(InputError, match=r"nowhere\.jsonl"):
-        Road(merged, tmp_path / "nowhere.jsonl")
+        road_of(merged, tmp_path / "nowhere.jsonl")
+
+
+def test_questions_are_read_before_the_merge(merged: Merged, tiny_one_tile: Path, tmp_path: Path) -> None:
+    assert merged.run is not None
+    run = Path(shutil.copytree(merged.run, tmp_path / "run", ignore=shutil.ignore_patterns("merged*", "bundles")))
+    with pytest.raises(InputError, match=r"nowhere\.jsonl"):
+        export(run, "gguf", options=Options(data=tmp_path / "nowhere.jsonl"))
+    assert not (run / "merged").exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")  # nothing of it is looked at
+    with pytest.raises(InputError, match=r"--data .* names no task"):
+        export(tmp_path / "model", "gguf", options=Options(data=tmp_path / "nowhere.jsonl"))
+    with pytest.raises(InputError, match="--limit goes with --data"):
+        export(run, "gguf", options=Options(limit=5))
 
 
 @pytest.mark.parametrize(

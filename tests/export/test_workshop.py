@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from mpa_edge.errors import ExportError, InputError
-from mpa_edge.export.workshop import Workshop
+from mpa_edge.errors import ExportError, InputError, RunError
+from mpa_edge.export.workshop import LOCK, Workshop
 
 FULL = Path("/dev/full")
 
@@ -43,31 +43,57 @@ def test_a_folder_is_seen_when_it_is_whole(tmp_path: Path) -> None:
     assert (tmp_path / "bundle" / "weights").read_text() == "new"
 
 
-def test_what_died_is_removed_and_what_lives_is_left(tmp_path: Path) -> None:
+def test_what_died_is_removed_and_nothing_else(tmp_path: Path) -> None:
     died(tmp_path, "bundle")
-    lives = died(tmp_path, "bundle", os.getppid())
+    died(tmp_path, "bundle", os.getpid())  # as in a container, where every run has the same number
+    died(tmp_path, "bundle", os.getppid())  # the number is that of somebody else by now
     other = tmp_path / ".cache.tmp"
     other.mkdir()
-    with Workshop(tmp_path):
-        assert set(tmp_path.iterdir()) == {lives, other}
-
-
-def test_a_dead_process_may_have_had_our_number(tmp_path: Path) -> None:
-    """As in a container, where every run has the same."""
-    died(tmp_path, "bundle", os.getpid())
     with Workshop(tmp_path) as workshop:
+        assert set(tmp_path.iterdir()) == {other, tmp_path / LOCK}
         workshop.folder("bundle").mkdir()
+    assert set(tmp_path.iterdir()) == {other}
+
+
+def test_who_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    """Even one with our own number, as another container on a shared volume may have."""
+    with Workshop(tmp_path) as first:
+        first.folder("bundle").mkdir()
+        with pytest.raises(RunError, match=f"another mpa-edge export is at work in {tmp_path}"), Workshop(tmp_path):
+            pass
+        assert first.folder("bundle").is_dir()
+    with Workshop(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from mpa_edge.export.workshop import Workshop\n"
+        "with Workshop(Path(sys.argv[1])) as workshop:\n"
+        "    workshop.folder('bundle').mkdir(); print('at work', flush=True); time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    with pytest.raises(RunError), Workshop(tmp_path):
+        pass
+    assert (tmp_path / f".bundle.{process.pid}.tmp").is_dir()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with Workshop(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_what_was_put_away_for_nothing_is_put_back(tmp_path: Path) -> None:
     died(tmp_path, "bundle-old")
     died(tmp_path, "bundle")
     with Workshop(tmp_path):
-        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+        assert {path.name for path in tmp_path.iterdir()} == {"bundle", LOCK}
         assert (tmp_path / "bundle" / "weights").read_text() == "bundle-old"
     died(tmp_path, "bundle-old")
     with Workshop(tmp_path):
-        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+        assert {path.name for path in tmp_path.iterdir()} == {"bundle", LOCK}
 
 
 def python() -> None:
