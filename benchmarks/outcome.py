@@ -9,7 +9,8 @@ from typing import Any
 from mpa_edge.benchmarks.verdict import milliseconds, percent, points, size
 
 BROKEN, UNDECIDED, REGRESSION = 3, 4, 5
-MARKS = {"pass": "yes", "fail": "NO", "undecided": "undecided", "unknown": "unknown"}
+MARKS = {"pass": "kept", "fail": "broken", "undecided": "undecided", "unknown": "unknown"}
+SAID = {"pass": "keeps every line", "fail": "breaks a line", "undecided": "undecided", "unknown": "not known"}
 
 
 def outcome(path: Path) -> tuple[list[str], int]:
@@ -33,15 +34,17 @@ def exit_code(report: dict[str, Any]) -> int:
 
 
 def required_lines(report: dict[str, Any]) -> list[str]:
-    """A line per variant and requirement."""
+    """A line per variant, and below it one for each requirement that it does not keep, or not for certain."""
     if not report["requirements"]:
         return []
     texts = [line["text"] for line in report["requirements"]["lines"]]
-    return [
-        f"{row['name']}: {text}? {MARKS[check['status']]}{told(check)}"
-        for row in report["requirements"]["variants"]
-        for text, check in zip(texts, row["checks"], strict=True)
-    ]
+    lines = []
+    for row in report["requirements"]["variants"]:
+        lines.append(f"{row['name']}: {SAID[row['status']]}")
+        for text, check in zip(texts, row["checks"], strict=True):
+            if check["status"] != "pass" or row["name"] == report["verdict"]["pick"]:
+                lines.append(f"  {text}: {MARKS[check['status']]}{told(check)}")
+    return lines
 
 
 def told(check: dict[str, Any]) -> str:

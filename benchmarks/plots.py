@@ -6,7 +6,7 @@ The template draws it, so that its colours follow the page's light or dark theme
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, log10
 from typing import Any
 
@@ -47,6 +47,7 @@ class Point:
     p95: float
     label: Label
     title: str
+    best: bool = True  # on the front
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Scatter:
     points: tuple[Point, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
+    front: str = ""  # an SVG path
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -86,14 +88,42 @@ def scatter(entries: Sequence[dict[str, Any]]) -> Scatter | None:
         return None
     x, y = axes(known)
     labels = place_labels([entry["name"] for entry in known], [place_of(entry, x, y) for entry in known])
-    points = tuple(point(entry, label, x, y) for entry, label in zip(known, labels, strict=True))
+    best = front([(entry["latency_ms"]["total"]["p50"], entry["accuracy"]["value"]) for entry in known])
+    points = tuple(
+        replace(point(entry, label, x, y), best=place in best)
+        for place, (entry, label) in enumerate(zip(known, labels, strict=True))
+    )
     step = next(size for size in (0.05, 0.1, 0.2) if (y.high - y.low) / size <= 8)
     shares = [number * step for number in range(ceil(y.low / step - 1e-9), floor(y.high / step + 1e-9) + 1)]
     return Scatter(
         points,
         tuple(Tick(x.at(log10(value)), duration(value)) for value in decades(x.low, x.high)),
         tuple(Tick(y.at(value), f"{100 * value:.0f}%") for value in shares),
+        steps([(points[place].x, points[place].y) for place in best]),
     )
+
+
+def front(values: Sequence[tuple[float, float]]) -> list[int]:
+    """The places of the (time, accuracy) that no other beats, from the fastest on: none is as fast and more accurate,
+    or as accurate and faster."""
+    best: list[int] = []
+    for place in sorted(range(len(values)), key=lambda place: (values[place][0], -values[place][1])):
+        if not best or values[place][1] > values[best[-1]][1]:
+            best.append(place)
+    return best
+
+
+def steps(places: Sequence[tuple[float, float]]) -> str:
+    """An SVG path along the edge of what the front reaches; empty for a single point."""
+    if len(places) < 2:
+        return ""
+    (x, y), *rest = places
+    return f"M{x} {y}" + "".join(f"H{next_x}V{next_y}" for next_x, next_y in rest)
+
+
+def strokes(times: Sequence[float], longest: float) -> str:
+    """An SVG path with a stroke per time, on 1000 by 22 units."""
+    return "".join(f"M{1000 * time / longest:.1f} 4v14" for time in sorted(times))
 
 
 def axes(known: Sequence[dict[str, Any]]) -> tuple[Axis, Axis]:

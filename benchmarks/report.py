@@ -21,8 +21,19 @@ from rich.table import Table
 from mpa_edge.benchmarks.gallery import FILTERS, Gallery, gallery
 from mpa_edge.benchmarks.measure import Measured
 from mpa_edge.benchmarks.plots import scatter
+from mpa_edge.benchmarks.report_parts import (
+    badge,
+    energies,
+    has,
+    machine,
+    markdown_decision,
+    regression_table,
+    required_table,
+    spread,
+    where,
+)
 from mpa_edge.benchmarks.sample import Item
-from mpa_edge.benchmarks.score import PHASES, Scored, first
+from mpa_edge.benchmarks.score import PHASES, Scored, answered, first
 from mpa_edge.benchmarks.verdict import disturbance, milliseconds, percent, points, size
 from mpa_edge.records import write_atomic
 
@@ -35,12 +46,13 @@ def write_report(
     folder: Path, report: Report, items: Sequence[Item], scored: Sequence[Scored], measured: Mapping[str, Measured]
 ) -> None:
     """Write report.html and report.md beside report.json."""
-    write_atomic(folder / HTML, render_html(report, gallery(items, scored, measured)))
+    times = {name: [row.wall_ms for row in answered(found.latency)] for name, found in measured.items()}
+    write_atomic(folder / HTML, render_html(report, gallery(items, scored, measured), times))
     write_atomic(folder / MARKDOWN, render_markdown(report))
 
 
-def render_html(report: Report, cases: Gallery) -> str:
-    """The page. Everything that comes from data is escaped."""
+def render_html(report: Report, cases: Gallery, times: Mapping[str, Sequence[float]] | None = None) -> str:
+    """The page. Everything that comes from data is escaped. `times` are the milliseconds of the timed answers."""
     environment = Environment(
         loader=PackageLoader("mpa_edge.benchmarks", "."),
         autoescape=select_autoescape(default=True),
@@ -51,14 +63,26 @@ def render_html(report: Report, cases: Gallery) -> str:
     filters = {"percent": percent, "points": points, "ms": milliseconds, "mb": size, "p": p_value, "words": words}
     environment.filters.update(filters, against=against, breakable=breakable)
     template = environment.get_template(TEMPLATE)
-    entries = [{**entry, "tone": tone(entry), "facts": facts(entry)} for entry in report["variants"]]
+    threads = report["settings"]["threads"]
+    entries = [
+        {**entry, "tone": tone(entry), "facts": facts(entry), "where": where(entry, threads)}
+        for entry in report["variants"]
+    ]
     script, styles = (files("mpa_edge.benchmarks").joinpath(name).read_text("utf-8") for name in (SCRIPT, STYLES))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render(
         report=report,
         variants=entries,
         by_name={entry["name"]: entry for entry in entries},
-        road=road_rows(report, entries),
+        badge=badge(report),
+        required=required_table(report, entries),
+        regressions=regression_table(report),
+        spread=spread(entries, times or {}),
+        fixed=[entry for entry in entries if entry.get("fixed_length")],
+        has=has(entries),
+        energies=energies(entries),
+        machine=machine(report),
+        road=road_rows(report, [entry for entry in entries if not entry.get("sweep_of")]),
         roads=[(road, made_rows(road)) for road in report["roads"]],
         scatter=scatter(entries),
         phases=phase_rows(entries),
@@ -79,6 +103,7 @@ def render_markdown(report: Report) -> str:
     lines = [f"### {markdown(verdict['headline'])}", ""]
     if verdict["summary"]:
         lines += [markdown(verdict["summary"]), ""]
+    lines += markdown_decision(report, markdown)
     lines += [
         "| variant | accuracy (95% interval) | vs student | p50 | p95 | size | memory |",
         "|:--|:--|--:|--:|--:|--:|--:|",
@@ -146,7 +171,14 @@ def road_rows(report: Report, entries: Sequence[dict[str, Any]]) -> list[dict[st
 
 def made_rows(road: dict[str, Any]) -> list[dict[str, Any]]:
     """The steps of a road that export measured, with their colours, and what the step before them changed."""
-    tones = {"base": "student", "aligned": "aligned", "merged": "aligned", "gguf": "gguf", "onnx": "onnx"}
+    tones = {
+        "base": "student",
+        "aligned": "aligned",
+        "merged": "aligned",
+        "gguf": "gguf",
+        "onnx": "onnx",
+        "openvino": "openvino",
+    }
     return [
         {
             **step,
@@ -203,7 +235,7 @@ def against(report: Report, step: str, name: str) -> dict[str, Any] | None:
 def tone(entry: dict[str, Any]) -> str:
     """The colour that stands for a variant."""
     if entry["role"] == "bundle":
-        return {"llama.cpp": "gguf", "onnxruntime": "onnx"}.get(entry["engine"], "other")
+        return {"llama.cpp": "gguf", "onnxruntime": "onnx", "openvino": "openvino"}.get(entry["engine"], "other")
     return {"teacher": "teacher", "student": "student", "aligned": "aligned"}.get(entry["role"] or "", "other")
 
 

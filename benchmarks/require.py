@@ -169,12 +169,14 @@ def check(line: Line, entry: Entry, times: Sequence[float]) -> Check:
         return Check(line.name, "undecided", value, margin, why="the teacher is not measurably ahead of the student")
     status = side(line, ends)
     shown = None if ends[0] == ends[1] else (ends[0], None if ends[1] == inf else ends[1])
-    if line.name in PERCENTILES and status != "pass" and disturbed(entry):
-        return Check(line.name, "undecided", value, margin, shown, why=disturbed(entry))
+    noise = disturbed(entry) if line.name in PERCENTILES else None
+    if status == "fail" and noise:
+        return Check(line.name, "undecided", value, margin, shown, why=noise)
     more = further_samples(line, entry, value, ends, times) if status == "undecided" else None
     why = None
     if status == "undecided":
         why = f"about {more:,} more {line.quantity.samples} needed" if more else "right on the line"
+        why += f"; {noise}" if noise else ""
     return Check(line.name, status, value, margin, shown, more, why)
 
 

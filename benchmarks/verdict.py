@@ -271,13 +271,20 @@ def disturbance(entries: Sequence[Entry]) -> str | None:
     most = max((entry["busy"] or 0 for entry in entries), default=0)
     told = []
     if names:
-        told.append(f"other work took up to {most:.0%} of the machine while {listed(names)} ran")
+        told.append(f"other work took up to {most:.0%} of the machine while {who(names, entries)} ran")
     if hot:
-        told.append(f"the machine throttled while {listed(hot)} ran")
+        told.append(f"the machine throttled while {who(hot, entries)} ran")
     if not told:
         return None
     said = " and ".join(told)
     return f"{said[0].upper()}{said[1:]}: their times are too long. Type the command again to time them again."
+
+
+def who(names: Sequence[str], entries: Sequence[Entry]) -> str:
+    """The names; "every variant" where it is all of several, "8 of 11 variants" where they are many."""
+    if len(names) == len(entries) > 2:
+        return "every variant"
+    return listed(names) if len(names) <= 4 else f"{len(names)} of {len(entries)} variants"
 
 
 def throttled(entry: Entry) -> str | None:

@@ -6,9 +6,11 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,8 +21,9 @@ from mpa_edge.benchmarks.gallery import PER_FILTER, THUMBNAIL, gallery, thumbnai
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.jobs import Row
 from mpa_edge.benchmarks.measure import Measured
-from mpa_edge.benchmarks.plots import box_of, decades, overlap, place_labels
+from mpa_edge.benchmarks.plots import box_of, decades, front, overlap, place_labels, steps
 from mpa_edge.benchmarks.report import console_table, markdown, phase_rows, render_html, render_markdown
+from mpa_edge.benchmarks.report_parts import where
 from mpa_edge.benchmarks.sample import items_of
 from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.labelled import Question, Questions
@@ -61,6 +64,21 @@ MADE = {
 }
 
 
+CHANGED: dict[str, Any] = {
+    "against": {"created": "2026-01-01T00:00:00+00:00", "tool_version": "0"},
+    "found": 1,
+    "gone": [EVIL],
+    "notes": ["another machine: times and memory are not compared"],
+    "changes": [
+        {"variant": "gguf-f16", "quantity": "size", "before": 1.5, "after": 1.5, "delta": 0.0, "ci95": None},
+        {"variant": EVIL, "quantity": "accuracy", "before": 0.8, "after": 0.65, "delta": -0.15, "ci95": [-0.2, -0.1]},
+        {"variant": "gone", "quantity": "failed", "before": None, "after": None, "delta": None, "ci95": None},
+    ],
+}
+for change, worse in zip(CHANGED["changes"], (False, True, True), strict=True):
+    change |= {"paired": 120, "note": EVIL if change["quantity"] == "failed" else None, "regression": worse}
+
+
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Questions:
     folder = tmp_path_factory.mktemp("pictures")
@@ -86,27 +104,33 @@ def measured(variant: Variant, items: Sequence[bench.Item]) -> Measured:
     return Measured(rows, latency, variant.engine, 100.0, 5_000_000)
 
 
-def make(questions: Questions, monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> tuple[dict, str]:
+def make(
+    questions: Questions, monkeypatch: pytest.MonkeyPatch, failing: str | None = None, **settings: Any
+) -> tuple[dict[str, Any], str]:
     monkeypatch.setattr(bench, "size_bytes", lambda spec: 1_500_000)
     items = items_of(questions, lambda question: question)
     found = {
         variant.name: Measured({}, [], reason=EVIL) if variant.name == failing else measured(variant, items)
         for variant in ROAD
     }
-    config = BenchConfig(data="test.jsonl", baselines=["fake:"], name=EVIL)
+    config = BenchConfig(data="test.jsonl", baselines=["fake:"], name=EVIL, **settings)
     report, scored = report_of(config, task_named("reference"), questions, items, ROAD, found, host())
     report["roads"] = [MADE]
-    return report, render_html(report, gallery(items, scored, found))
+    if settings:
+        report["regressions"] = CHANGED
+    times = {name: [row.wall_ms or 0 for row in one.latency] for name, one in found.items()}
+    return report, render_html(report, gallery(items, scored, found), times)
 
 
-TAGS = """html head meta title style body main header section footer script p b em span i h1 h2 ul li dl dt dd div small
-code details summary table thead tbody tr th td article img figure svg g line circle text button select option wbr"""
+TAGS = """html head meta title style body main header section footer script p b em span i h1 h2 h3 ul li dl dt dd div
+small code details summary table thead tbody tr th td article img figure svg g line path circle text button select
+option wbr"""
 
 
 class Page(HTMLParser):
     """Collects what a browser would load or run, and whether tags match."""
 
-    VOID = frozenset(("meta", "img", "br", "link", "line", "circle", "wbr"))
+    VOID = frozenset(("meta", "img", "br", "link", "line", "circle", "path", "wbr"))
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -259,3 +283,90 @@ def test_phases_add_up_to_the_bar(questions: Questions, monkeypatch: pytest.Monk
     for row in phase_rows(report["variants"]):
         assert sum(part["ms"] for part in row["segments"]) == pytest.approx(row["mean"])
         assert 0 < sum(part["share"] for part in row["segments"]) <= row["p95"] + 1e-6 <= 100.001
+
+
+REQUIRED = "accuracy>=0.65, p95<=20ms, size<=1MB, energy<=1J"
+
+
+def test_the_page_says_which_lines_are_kept(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, html = make(questions, monkeypatch, require=REQUIRED)
+    assert report["verdict"]["decision"] == "reject"
+    assert not Page(html).open
+    part = html[html.index("Against the requirements") :].partition("</section>")[0]
+    assert part.count('class="mark fail">✗ broken') >= len(ROAD)  # all are larger than 1 MB
+    assert "size&lt;=1MB" in part
+    assert "not measured" in part  # energy
+    assert "Every variant breaks a line" in html
+
+
+def test_the_page_says_what_became_worse(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, html = make(questions, monkeypatch, require=REQUIRED)
+    part = html[html.index("Since 2026-01-01") :].partition("</section>")[0]
+    assert "Worse than in the earlier report: 1. Another machine" in part
+    assert "−20.0 points to −10.0 points" in part
+    assert part.index("−15.0 points") < part.index("+0%")  # the worst first
+
+
+def test_the_markdown_holds_the_decision(questions: Questions, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, _ = make(questions, monkeypatch, require=REQUIRED)
+    text = render_markdown(report)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows[: 2 + len(ROAD)]} == {7}
+    assert "✗ 1.5 MB" in text
+    assert "- **Worse:**" in text
+    assert "<script" not in text
+
+
+def test_the_front_goes_from_the_fastest_to_the_most_accurate() -> None:
+    values = [(10.0, 0.5), (20.0, 0.7), (20.0, 0.6), (30.0, 0.65), (40.0, 0.9)]
+    assert front(values) == [0, 1, 4]
+    assert steps([(0, 9), (5, 4), (8, 1)]) == "M0 9H5V4H8V1"
+    assert steps([(0, 9)]) == ""
+
+
+def test_a_variant_says_where_it_ran() -> None:
+    entry = {"engine": "llama.cpp", "device": "cpu", "threads": None, "dtype": "q8_0"}
+    assert where(entry, 4) == "cpu, 4 threads · q8_0"
+    assert where({**entry, "threads": 1}, 4) == "cpu, 1 thread · q8_0"
+    assert where({"engine": "transformers", "device": "cuda:0", "dtype": "bfloat16"}, 4) == "cuda:0 · bfloat16"
+    assert where({"engine": "chat"}, 4) == "its server"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        if not program and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("no Chromium; playwright install chromium brings one")
+        opened = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def test_the_page_works_from_disk_on_a_phone(
+    browser: Any, questions: Questions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, html = make(questions, monkeypatch, require=REQUIRED)
+    (tmp_path / "report.html").write_text(html)
+    page = browser.new_page(viewport={"width": 375, "height": 800}, color_scheme="dark")
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    table = page.locator("table.sorted").first
+
+    def column() -> list[str]:
+        return [str(text).split("%")[0] for text in table.locator("tbody td:nth-child(2)").all_inner_texts()]
+
+    table.get_by_role("button", name="Accuracy").click()
+    rising = column()
+    assert rising == sorted(rising, key=float)
+    table.get_by_role("button", name="Accuracy").click()
+    assert column() == rising[::-1]
+    assert table.locator("th").nth(1).get_attribute("aria-sort") == "descending"
+    page.locator(".chip", has_text="Fixed by alignment").click()
+    shown = page.locator(".case:visible").count()
+    assert 0 < shown < page.locator(".case").count()
+    assert complaints == []

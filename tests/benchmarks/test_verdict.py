@@ -91,6 +91,9 @@ def test_no_speed_is_claimed_that_other_work_disturbed() -> None:
     reasons = verdict([{**teacher, "busy": 0.8}, bundle], [])["reasons"]
     assert reasons[0] == "Beside the teacher, q8 is 10.0× smaller."
     assert reasons[1].startswith("Other work took up to 80% of the machine while teacher ran")
+    many = [entry(str(n), "full", 0.5) | {"busy": 0.4} for n in range(6)]
+    assert "while every variant ran" in verdict(many, [])["reasons"][-1]
+    assert "while 6 of 7 variants ran" in verdict([*many, bundle], [])["reasons"][-1]
     assert verdict([{**teacher, "busy": None}, bundle], [])["reasons"] == [
         "Beside the teacher, q8 is 10.0× smaller, 90.0× faster."
     ]
