@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mpa_edge.bundle import Images, PromptSettings
 from mpa_edge.errors import ExportError, UnknownFamily
 from mpa_edge.export.image_settings import full_config, idefics3_images, internvl_images, llava_images, qwen_vl_images
@@ -54,17 +56,24 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def prompt_settings(
     config: Mapping[str, Any], processor: Any, question_template: str, max_new_tokens: int
 ) -> PromptSettings:
-    """The question's way to tokens, from a model's `config.json` and its transformers processor."""
+    """The question's way to tokens, from a model's `config.json` and its transformers processor; `ExportError` for
+    values that no bundle may hold."""
     tokenizer, text = processor.tokenizer, full_config(config)["text_config"]
-    return PromptSettings(
-        chat_template=_self_contained(processor.chat_template or tokenizer.chat_template, tokenizer),
-        question_template=question_template,
-        image_token=processor.image_token,
-        begin_token_ids=_begin_tokens(processor),
-        stop_token_ids=tuple(sorted(_stop_tokens(config, text, tokenizer))),
-        max_new_tokens=max_new_tokens,
-        context_length=min(text["max_position_embeddings"], MOST_CONTEXT),
-    )
+    try:
+        return PromptSettings(
+            chat_template=_self_contained(processor.chat_template or tokenizer.chat_template, tokenizer),
+            question_template=question_template,
+            image_token=processor.image_token,
+            begin_token_ids=_begin_tokens(processor),
+            stop_token_ids=tuple(sorted(_stop_tokens(config, text, tokenizer))),
+            max_new_tokens=max_new_tokens,
+            context_length=min(text["max_position_embeddings"], MOST_CONTEXT),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ExportError(
+            f"prompt settings that a bundle cannot hold: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -6,13 +6,16 @@ is one deployable variant: one engine, one quantization.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 from mpa_edge.errors import BundleError
@@ -36,7 +39,7 @@ Role = Literal[
 NEEDED: dict[str, tuple[Role, ...]] = {
     "llama.cpp": ("language_model", "mmproj", "tokenizer"),
     "onnxruntime": ("vision_encoder", "embed_tokens", "decoder", "tokenizer"),
-    "openvino": ("language_model", "vision_encoder", "embed_tokens", "tokenizer"),
+    "openvino": ("language_model", "vision_encoder", "embed_tokens", "external_data", "tokenizer"),
 }
 # How folders and reports call an engine's bundles.
 FORMATS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "openvino": "openvino"}
@@ -47,12 +50,31 @@ FULL_PRECISION = frozenset(("f32", "fp32", "f16", "fp16", "bf16"))
 # drive's colon or a control character.
 _PART = r"(?!\.{1,2}(?:/|$))[^/\\:\x00-\x1f\x7f]+"
 INSIDE = rf"^{_PART}(?:/{_PART})*$"
+# A manifest takes some twenty kilobytes, most of them the chat template and the road.
+MOST_BYTES = 4 << 20
+# Bounds that no model in use comes near: a foreign manifest must not make a reader compute for minutes.
+MOST_CONTEXT, MOST_TEMPLATE = 2**20, 2**17
+
+
+def printable(text: str) -> str:
+    """The text as it is; `ValueError` where it would break a line, or reach a terminal as commands."""
+    if not text.isprintable():
+        raise ValueError(f"{text!r} holds characters that cannot be printed")
+    return text
+
+
+Printable = Annotated[
+    str, Field(max_length=500, json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"}), AfterValidator(printable)
+]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]  # int32 in llama.cpp
 
 
 class Strict(BaseModel):
     """Unknown keys are errors: a manifest from a newer version is refused, not half understood."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, json_schema_serialization_defaults_required=True
+    )
 
 
 class File(Strict):
@@ -68,7 +90,11 @@ class File(Strict):
     def _inside(cls, path: str) -> str:
         if not re.fullmatch(INSIDE, path):
             raise ValueError(f"{path!r} is not a path inside the bundle")
-        return path
+        return printable(path)
+
+
+# What pixel values are divided by. Of less than this only rounding is left.
+Spread = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class ImageSettings(Strict):
@@ -76,8 +102,8 @@ class ImageSettings(Strict):
     have stands in the class of their plan."""
 
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rescale_factor: float
+    std: tuple[Spread, Spread, Spread]
+    rescale_factor: float = Field(ge=1e-6, le=1)
     resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
@@ -85,7 +111,7 @@ class Idefics3Images(ImageSettings):
     """Square tiles of a picture that is scaled to `longest_edge`, and an overview; see `mpa_edge.runtime.idefics3`."""
 
     plan: Literal["idefics3"] = "idefics3"
-    tile_size: int = Field(gt=0, le=4096)
+    tile_size: int = Field(ge=32, le=4096)
     longest_edge: int = Field(gt=0, le=16384)
     split: bool
     tokens_per_tile: int = Field(gt=0, le=65536)
@@ -96,7 +122,7 @@ class QwenVlImages(ImageSettings):
     each direction make one image token; see `mpa_edge.runtime.qwen_vl`."""
 
     plan: Literal["qwen_vl"] = "qwen_vl"
-    patch_size: int = Field(gt=0, le=64)
+    patch_size: int = Field(ge=8, le=64)
     merge_size: int = Field(gt=0, le=8)
     temporal_patch_size: int = Field(gt=0, le=4)
     min_pixels: int = Field(gt=0)
@@ -114,7 +140,7 @@ class LlavaImages(ImageSettings):
     squeezed, where that is None; see `mpa_edge.runtime.llava`."""
 
     plan: Literal["llava"] = "llava"
-    tile_size: int = Field(gt=0, le=4096)
+    tile_size: int = Field(ge=16, le=4096)
     shortest_edge: int | None = Field(default=None, gt=0, le=4096)
     tokens_per_tile: int = Field(gt=0, le=65536)
 
@@ -124,7 +150,7 @@ class InternVlImages(ImageSettings):
     where there is more than one; see `mpa_edge.runtime.internvl`."""
 
     plan: Literal["internvl"] = "internvl"
-    tile_size: int = Field(gt=0, le=1024)
+    tile_size: int = Field(ge=16, le=1024)
     min_patches: int = Field(gt=0)
     max_patches: int = Field(gt=0, le=64)
     tokens_per_tile: int = Field(gt=0, le=65536)
@@ -147,37 +173,45 @@ class PromptSettings(Strict):
     puts before a prompt whose template does not.
     """
 
-    chat_template: str
-    question_template: str = "{question}"
-    image_token: str
-    begin_token_ids: tuple[int, ...] = ()
-    stop_token_ids: tuple[int, ...]
-    max_new_tokens: int = Field(gt=0)
-    context_length: int = Field(gt=0)
+    chat_template: str = Field(max_length=MOST_TEMPLATE)
+    question_template: str = Field(default="{question}", max_length=MOST_TEMPLATE, pattern=r"\{question\}")
+    image_token: str = Field(min_length=1, max_length=100)
+    begin_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=64)
+    stop_token_ids: tuple[TokenId, ...] = Field(max_length=1024)
+    max_new_tokens: int = Field(gt=0, le=MOST_CONTEXT)
+    context_length: int = Field(ge=16, le=MOST_CONTEXT)
+
+    @model_validator(mode="after")
+    def _can_be(self) -> PromptSettings:
+        if self.question_template.count("{question}") != 1:
+            raise ValueError(f"question_template {self.question_template[:80]!r} must hold {{question}} once")
+        if self.max_new_tokens > self.context_length:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} exceeds context_length {self.context_length}")
+        return self
 
 
 class Source(Strict):
     """Where the weights came from. Names and digests, never machine paths."""
 
-    student: str
-    revision: str | None = None
-    teacher: str | None = None
-    task: str | None = None
-    metric: str | None = None
-    run: str | None = None
-    adapter_sha256: str | None = None
-    base_sha256: str | None = None
-    tool_version: str
+    student: Printable
+    revision: Printable | None = None
+    teacher: Printable | None = None
+    task: Printable | None = None
+    metric: Printable | None = None
+    run: Printable | None = None
+    adapter_sha256: Printable | None = None
+    base_sha256: Printable | None = None
+    tool_version: Printable
 
 
 class Bundle(Strict):
     """The content of `bundle.json`."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
-    name: str
-    family: str
+    name: Printable
+    family: Printable
     engine: Literal["llama.cpp", "onnxruntime", "openvino"]
-    quantization: str
+    quantization: Printable
     files: tuple[File, ...]
     image: Annotated[Images, Field(discriminator="plan")]
     prompt: PromptSettings
@@ -227,16 +261,19 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
 
 
 def read_bundle(folder: Path, *, check_digests: bool = False) -> Bundle:
-    """Read and check a manifest: schema, paths, that it names what its engine needs, and that each file is there with
-    its size (and digest, when asked).
+    """Read and check a manifest: schema, paths, that it names what its engine needs and all weights that the engine
+    would load, and that each file is there with its size (and digest, when asked).
 
     Raises `BundleError`, one line with the file and the reason.
     """
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise BundleError(f"{folder} is no bundle: {MANIFEST} cannot be read ({error.strerror})") from error
+    if len(content) > MOST_BYTES:
+        raise BundleError(f"{path}: is no manifest of mpa-edge, it takes more than {MOST_BYTES} bytes")
     bundle = _parse(path, content)
     _check_files(folder, bundle, check_digests)
     return bundle
@@ -246,7 +283,7 @@ def _parse(path: Path, content: bytes) -> Bundle:
     try:
         return Bundle.model_validate_json(content)
     except ValidationError as error:
-        raise BundleError(f"{path}: {_one_line(_why(content, error))}") from error
+        raise BundleError(f"{path}: {one_line(_why(content, error))}") from error
 
 
 def _why(content: bytes, error: ValidationError) -> str:
@@ -266,7 +303,7 @@ def _why(content: bytes, error: ValidationError) -> str:
     return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """What comes from a foreign file must not break the line, or reach a terminal as commands."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:500]
 
@@ -276,6 +313,21 @@ def _check_files(folder: Path, bundle: Bundle, check_digests: bool) -> None:
         bundle.path_of(folder, role)
     for file in bundle.files:
         _check_file(folder, file, check_digests)
+    named = {file.path.casefold() for file in bundle.files}
+    for weights in (path for file in bundle.files for path in _read_beside(folder, file)):
+        if weights.relative_to(folder).as_posix().casefold() not in named:
+            raise BundleError(f"{weights}: the engine would load it, but the manifest does not name it; remove it")
+
+
+def _read_beside(folder: Path, file: File) -> Iterator[Path]:
+    """Weights that an engine would load with this file unasked: a graph's, and the other parts of a split GGUF."""
+    full = folder / file.path
+    beside = [full.with_name(f"{full.name}_data")]
+    if full.suffix == ".xml":
+        beside.append(full.with_suffix(".bin"))
+    if part := re.fullmatch(r"(.*)-\d{5}-of-\d{5}\.gguf", full.name):
+        beside += full.parent.glob(f"{glob.escape(part[1])}-*-of-*.gguf")
+    yield from (path for path in beside if os.path.lexists(path))
 
 
 def _check_file(folder: Path, file: File, check_digest: bool) -> None:

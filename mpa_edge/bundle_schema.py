@@ -3,7 +3,8 @@
     python -m mpa_edge.bundle_schema    writes it anew, after the models in `mpa_edge.bundle` have changed
 
 It describes a manifest as this version writes it. What it cannot say, `read_bundle` checks: that no file is named
-twice, that the files an engine needs are there, and that they have their sizes and digests.
+twice, that the files an engine needs are there with their sizes and digests, that the engine would load no other
+weights, that names can be printed, that a question is put once, and that an answer fits into the context.
 """
 
 from __future__ import annotations

@@ -16,16 +16,15 @@ import warnings
 from pathlib import Path
 
 from pydantic import ValidationError
-from tokenizers import Tokenizer
 
 from mpa_edge.bundle import Bundle, read_bundle
-from mpa_edge.errors import BundleError, InputError, MissingExtra
+from mpa_edge.errors import InputError, MissingExtra
 from mpa_edge.runtime.answering import AnswerStream
 from mpa_edge.runtime.bundle_vlm import CACHE_MB, BundleVlm
 from mpa_edge.runtime.families import family_of_bundle
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.look import View
-from mpa_edge.runtime.prompts import Turn
+from mpa_edge.runtime.prompts import Turn, read_tokenizer
 from mpa_edge.runtime.vlm import Answer, Decoding, Timings, Vlm
 
 __all__ = [
@@ -105,7 +104,7 @@ def open_bundle(
         importlib.import_module(library)
     except ModuleNotFoundError as error:
         raise MissingExtra(package, extra) from error
-    tokenizer = _tokenizer(bundle.path_of(folder, "tokenizer"))
+    tokenizer = read_tokenizer(bundle.path_of(folder, "tokenizer"))
     engine = importlib.import_module(module).open_engine(folder, bundle, threads or usable_cores(), device.lower())
     return BundleVlm(bundle, engine, tokenizer, cache_mb=cache_mb)
 
@@ -131,10 +130,3 @@ def _quota(path: Path) -> int | None:
         return max(1, int(quota) // int(period))
     except (OSError, ValueError):
         return None
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise BundleError(f"{path} is no tokenizer: {error}") from error

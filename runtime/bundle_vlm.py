@@ -45,7 +45,7 @@ class BundleVlm:
         self.prompts = Prompts(tokenizer, bundle.prompt)
         self.lock = threading.RLock()
         self._engine: Engine | None = engine
-        self._reader = Reader(engine, self.family, self.prompts.image_token_id, cache_mb * 1_000_000)
+        self._reader = Reader(engine, self.family, bundle.image, self.prompts.image_token_id, cache_mb * 1_000_000)
 
     def answer(self, images: Sequence[Image], prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[Answer]:
         """See `Vlm.answer`; pairs are answered one after the other."""
@@ -130,7 +130,7 @@ class BundleVlm:
         with self.lock:
             picture = self.see(opened)
             picture.kept = True
-            prefix, _ = self.reader.split(self.prompts.tokens("", self._layouts(picture)))
+            prefix, _ = self.reader.split(self.tokens([_turn("", len(opened))], picture))
             clock.lap("preprocess")
             self.reader.encode(picture, prefix)
             clock.lap("vision")
@@ -153,13 +153,15 @@ class BundleVlm:
 
     def tokens(self, turns: Sequence[Turn], picture: Picture) -> list[int]:
         """The token ids of the whole prompt; `InputError` when it leaves no room for an answer."""
-        tokens = self.prompts.conversation(turns, self._layouts(picture))
-        if self.room(tokens) <= 0:
-            seen = tokens.count(self.prompts.image_token_id)
+        image, context = self.bundle.image, self.bundle.prompt.context_length
+        seen = sum(self.family.image_tokens(cut.rows, cut.columns, image) for cut in picture.cuts)
+        # What does not fit is not even written out: that could take memory without end.
+        tokens = self.prompts.conversation(turns, self._layouts(picture)) if seen < context else None
+        if tokens is None or self.room(tokens) <= 0:
+            taken = f"{len(tokens)} of {context}" if tokens else f"more than the {context}"
             raise InputError(
-                f"the prompt takes {len(tokens)} of {self.bundle.prompt.context_length} tokens ({seen} of them image "
-                "tokens) and leaves no room for an answer; ask a shorter question, or export with a smaller longest "
-                "edge"
+                f"the prompt takes {taken} tokens ({seen} of them image tokens) and leaves no room for an answer; ask "
+                "a shorter question, or export with a smaller longest edge"
             )
         return tokens
 

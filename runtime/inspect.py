@@ -2,27 +2,68 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from tokenizers import Tokenizer
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from mpa_edge.bundle import Bundle, read_bundle
+from mpa_edge.bundle import MANIFEST, Bundle, Printable, one_line, read_bundle
 from mpa_edge.runtime.families import family_of_bundle
-from mpa_edge.runtime.prompts import Prompts
+from mpa_edge.runtime.prompts import Prompts, read_tokenizer
 
 # Width and height of typical pictures; only their ratio matters.
 SHAPES = {"4:3": (4000, 3000), "square": (3000, 3000), "16:9": (4000, 2250)}
+# Sizes in the table; of more, every second, third, … is told.
+MOST_SIZES = 64
+# Files that are named where the manifest does not name them.
+MOST_FILES = 10
+
+
+class Verified(BaseModel):
+    """What inspect tells of `checks["verify"]`."""
+
+    samples: int = Field(ge=0)
+    token_agreement: float = Field(ge=0, le=1)
+
+
+class Step(BaseModel):
+    """One model on the road, see `mpa_edge.export.road`."""
+
+    name: Printable
+    step: str
+    value: FiniteFloat
+
+
+class Data(BaseModel):
+    """The questions that the road was measured with."""
+
+    name: Printable
+    n: int = Field(ge=0)
+
+
+class Road(BaseModel):
+    """What inspect tells of `checks["road"]`."""
+
+    metric: Printable
+    data: Data
+    steps: tuple[Step, ...]
+
+
+Told = TypeVar("Told", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a picture of one shape takes at one size; tokens are the whole prompt's, without the question."""
+    """What a picture of one shape takes at one size. `prompt_tokens` are the whole prompt's, without the question;
+    None where the image tokens alone fill the context."""
 
     size: str
     shape: str
     image_tokens: int
-    prompt_tokens: int
+    prompt_tokens: int | None
     fits: bool
     trained_with: bool
 
@@ -30,15 +71,17 @@ class Cost:
 def costs(folder: Path, bundle: Bundle) -> list[Cost]:
     """The cost of every size that makes a difference, from the cheapest up to what the context holds."""
     family, prompt = family_of_bundle(bundle), bundle.prompt
-    prompts = Prompts(Tokenizer.from_file(str(bundle.path_of(folder, "tokenizer"))), prompt)
+    prompts = Prompts(read_tokenizer(bundle.path_of(folder, "tokenizer")), prompt)
     text = prompt.question_template.replace("{question}", "")
     found: list[Cost] = []
-    for name, image in family.sizes(bundle.image):
+    for name, image in _thinned(family.sizes(bundle.image), bundle.image):
         row = []
         for shape, size in SHAPES.items():
             rows, columns = family.grid(size, image)
-            tokens = len(prompts.tokens(text, [family.layout(rows, columns, prompt.image_token, image)]))
-            seen, fits = family.image_tokens(rows, columns, image), tokens < prompt.context_length
+            seen, tokens = family.image_tokens(rows, columns, image), None
+            if seen < prompt.context_length:  # what does not fit is not even written out
+                tokens = len(prompts.tokens(text, [family.layout(rows, columns, prompt.image_token, image)]))
+            fits = tokens is not None and tokens < prompt.context_length
             row.append(Cost(name, shape, seen, tokens, fits, image == bundle.image))
         found += row
         if not any(cost.fits for cost in row):
@@ -46,17 +89,21 @@ def costs(folder: Path, bundle: Bundle) -> list[Cost]:
     return found
 
 
+def _thinned(sizes: list[tuple[str, Any]], own: Any) -> list[tuple[str, Any]]:
+    every = -(-len(sizes) // MOST_SIZES)
+    return [size for place, size in enumerate(sizes) if place % every == 0 or size[1] == own]
+
+
 def report(folder: Path) -> str:
     """A bundle's identity, checks and costs, for people; `BundleError` where a file's size or checksum is not what the
     manifest says."""
     bundle = read_bundle(folder, check_digests=True)
-    return "\n".join([*_identity(bundle), "", *_table(costs(folder, bundle))])
+    return "\n".join([*_identity(bundle), *_others(folder, bundle), "", *_table(costs(folder, bundle))])
 
 
 def _identity(bundle: Bundle) -> list[str]:
     source = bundle.source
-    verified = bundle.checks.get("verify", {})
-    agreement = verified.get("token_agreement")
+    verified = _told(Verified, bundle.checks.get("verify"))
     lines = [
         f"{bundle.name}: {bundle.family}, {bundle.engine}, {bundle.quantization}, {bundle.size_bytes() / 1e6:.1f} MB",
         f"made by mpa-edge {source.tool_version} from {source.student}"
@@ -65,8 +112,9 @@ def _identity(bundle: Bundle) -> list[str]:
         f"prompt {bundle.prompt.question_template!r}, at most {bundle.prompt.max_new_tokens} new tokens, "
         f"context {bundle.prompt.context_length}",
     ]
-    if agreement is not None:
-        lines.append(f"verified: {agreement:.0%} of {verified.get('samples')} answers equal the merged model's")
+    if verified:
+        agreement = f"{verified.token_agreement:.0%} of {verified.samples}"
+        lines.append(f"verified: {agreement} answers equal the merged model's")
     lines += _road(bundle)
     lines += [f"  {file.role:16} {file.bytes / 1e6:9.2f} MB  {file.path}" for file in bundle.files]
     lines.append(f"sizes and checksums of all {len(bundle.files)} files are as the manifest says")
@@ -75,13 +123,36 @@ def _identity(bundle: Bundle) -> list[str]:
 
 def _road(bundle: Bundle) -> list[str]:
     """The accuracies that export measured from the base to this bundle; none where it had no labels."""
+    road = _told(Road, bundle.checks.get("road"))
+    if road is None:
+        return []
+    known = [step for step in road.steps if step.step != "quantized" or step.name == bundle.short_name]
+    steps = ", ".join(f"{step.name} {step.value:.1%}" for step in known)
+    return [f"{road.metric} on {road.data.n:,} questions of {road.data.name}: {steps}"]
+
+
+def _told(kind: type[Told], content: Any) -> Told | None:
+    """A part of `checks`, which the manifest's schema leaves open; None where there is none, or of another version."""
     try:
-        road = bundle.checks["road"]
-        known = [step for step in road["steps"] if step["step"] != "quantized" or step["name"] == bundle.short_name]
-        steps = ", ".join(f"{step['name']} {step['value']:.1%}" for step in known)
-        return [f"{road['metric']} on {road['data']['n']:,} questions of {road['data']['name']}: {steps}"]
-    except (KeyError, TypeError, ValueError):
-        return []  # none, or of another version
+        return kind.model_validate(content)
+    except ValidationError:
+        return None
+
+
+def _others(folder: Path, bundle: Bundle) -> list[str]:
+    """Files in the folder that the manifest does not name, so that no checksum speaks for them; not hidden ones."""
+    named = {MANIFEST, *(file.path for file in bundle.files)}
+    others = sorted(path for path in _files(folder) if path not in named)
+    if not others:
+        return []
+    more = f" and {len(others) - MOST_FILES} more" if len(others) > MOST_FILES else ""
+    return [f"not in the manifest, and not checked: {one_line(', '.join(others[:MOST_FILES]))}{more}"]
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from ((Path(root) / name).relative_to(folder).as_posix() for name in names if not name.startswith("."))
 
 
 def _table(rows: list[Cost]) -> list[str]:
@@ -90,8 +161,10 @@ def _table(rows: list[Cost]) -> list[str]:
     lines = ["image tokens / prompt tokens of a picture, before the question:", head]
     for start in range(0, len(rows), len(SHAPES)):
         row = rows[start : start + len(SHAPES)]
-        cells = "".join(
-            f"{f'{cost.image_tokens} / {cost.prompt_tokens}' + ('' if cost.fits else ' full'):>20}" for cost in row
-        )
+        cells = "".join(f"{_cell(cost):>20}" for cost in row)
         lines.append(f"{row[0].size:>24}{cells}" + ("  <- trained with" if row[0].trained_with else ""))
     return lines
+
+
+def _cell(cost: Cost) -> str:
+    return f"{cost.image_tokens} / {cost.prompt_tokens or '-'}" + ("" if cost.fits else " full")

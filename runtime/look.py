@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpa_edge.errors import ModelError
+from mpa_edge.bundle import Images
+from mpa_edge.errors import BundleError, InputError, ModelError
 from mpa_edge.runtime.answering import AnswerStream
 from mpa_edge.runtime.engine import Engine, Features, Logits, Positions
 from mpa_edge.runtime.families import Cut, Family
@@ -74,9 +75,10 @@ class FeatureCache:
 class Reader:
     """Reads prompts into an engine and knows what the engine still holds. Not thread-safe."""
 
-    def __init__(self, engine: Engine, family: Family, image_token_id: int, cache_bytes: int) -> None:
+    def __init__(self, engine: Engine, family: Family, image: Images, image_token_id: int, cache_bytes: int) -> None:
         self.engine = engine
         self._family = family
+        self._image = image
         self.turn = 0  # counts prompts: a stream that finds another number than its own is over
         self._image_token_id = image_token_id
         self._recent = FeatureCache(cache_bytes)
@@ -146,13 +148,27 @@ class Reader:
         self._recent, self._prefix = FeatureCache(0), None
 
     def _encoded(self, picture: Picture) -> Features:
-        return np.concatenate([self.engine.encode(cut) for cut in picture.cuts])
+        parts = [self.engine.encode(cut) for cut in picture.cuts]
+        for cut, features in zip(picture.cuts, parts, strict=True):
+            _check_count(cut, len(features), self._family.image_tokens(cut.rows, cut.columns, self._image))
+        return np.concatenate(parts)
 
     def _positions(self, tokens: Sequence[int], picture: Picture) -> Positions | None:
         return self._family.positions(tokens, self._image_token_id, picture.cuts)
 
     def _holds(self, picture: Picture, prefix: Sequence[int]) -> bool:
         return self.keeps(picture) and self._prefix == (picture.key, list(prefix))
+
+
+def _check_count(cut: Cut, found: int, wanted: int) -> None:
+    """`InputError` where the model skipped a tile, as transformers' Idefics3 does too; `BundleError` where vision
+    encoder and image settings do not belong together."""
+    if found == wanted:
+        return
+    told = f"the vision encoder gives {found} image features where {wanted} are needed"
+    if any((tile == tile[0, 0]).all() for tile in cut.tiles):
+        raise InputError(f"{told}; a tile that has the mean colour everywhere is taken for padding")
+    raise BundleError(f"{told}; it does not belong to the manifest's image settings")
 
 
 class View:

@@ -9,15 +9,13 @@ from typing import Any, cast
 
 import numpy as np
 import onnxruntime as ort
-from tokenizers import Tokenizer
 
-from mpa_edge.bundle import Bundle, Role
-from mpa_edge.errors import BundleError, InputError, ModelError
+from mpa_edge.bundle import Bundle, Role, one_line
+from mpa_edge.errors import BundleError, InputError
+from mpa_edge.runtime.embedding import TILES_AT_ONCE, Place, image_token_of, put_features, running, shaped
 from mpa_edge.runtime.engine import Features, Logits, Positions
 from mpa_edge.runtime.families import Cut, family_of_bundle
 
-# Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
-TILES_AT_ONCE = 4
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 # What people call a device -> the execution providers for it. What the first cannot do, the next one does.
 PROVIDERS = {
@@ -68,7 +66,7 @@ class OnnxEngine:
         self._memory = MEMORY.get(providers[0], "cpu")
         self._image = bundle.image
         self._family = family_of_bundle(bundle)
-        self._image_token = _image_token(bundle, folder)
+        self._image_token = image_token_of(folder, bundle)
         # The embedding is one table look-up; more threads would only wait for each other.
         self._embedding = _session(bundle, folder, "embed_tokens", 1, (CPU,))
         self._vision = _session(bundle, folder, "vision_encoder", threads, providers)
@@ -82,28 +80,21 @@ class OnnxEngine:
             if name.startswith("past_key_values.")
         }
         self._past: dict[str, Any] = {}
-        # Tokens in the cache, and the position of the next one: not the same where a picture has rows and columns.
-        self._length = self._position = 0
-        self._mark: tuple[dict[str, Any], int, int] | None = None
+        self._place = Place()
+        self._mark: tuple[dict[str, Any], Place] | None = None
 
     def encode(self, cut: Cut) -> Features:
-        """See `Engine.encode`. Raises `InputError` for a tile whose pixel values are all zero: the model skips it."""
+        """See `Engine.encode`. A tile whose pixel values are all zero gives no features: the model skips it."""
         starts = range(0, len(cut.tiles), TILES_AT_ONCE)
         parts = [self._encode(replace(cut, tiles=cut.tiles[start : start + TILES_AT_ONCE])) for start in starts]
-        features: Features = np.concatenate(parts)
-        wanted = self._family.image_tokens(cut.rows, cut.columns, self._image)
-        if len(features) != wanted:
-            raise InputError(
-                f"the vision encoder gives {len(features)} image features where {wanted} are needed; a tile that has "
-                "the mean colour everywhere is taken for padding"
-            )
-        return features
+        return cast("Features", np.concatenate(parts))
 
     def _encode(self, cut: Cut) -> Features:
         types = {value.name: _numpy_type(value) for value in self._vision.get_inputs()}
         values = self._family.pixel_values(cut, self._image)
         feed = {name: values[OTHER_NAMES.get(name, name)].astype(kind, copy=False) for name, kind in types.items()}
-        features = self._vision.run(None, feed)[0]
+        with running("vision encoder"):
+            features = self._vision.run(None, feed)[0]
         return cast("Features", features.astype(np.float32, copy=False).reshape(-1, features.shape[-1]))
 
     def prefill(
@@ -117,11 +108,8 @@ class OnnxEngine:
         """See `Engine.prefill`."""
         ids = np.asarray(token_ids, np.int64)
         embeds = self._embed(ids)
-        places = np.flatnonzero(ids == self._image_token)
-        if len(places) != len(features):
-            raise ModelError(f"{len(places)} image tokens in the prompt for {len(features)} image features")
-        embeds[0, places] = features
-        self._past, self._length, self._position, self._mark = self._empty, 0, 0, None
+        put_features(embeds, ids, self._image_token, features)
+        self._past, self._place, self._mark = self._empty, Place(), None
         logits = self._step(embeds, 0 if all_logits else 1, positions)
         last: Logits = logits[-1]
         return logits if all_logits else last
@@ -133,13 +121,13 @@ class OnnxEngine:
 
     def mark(self) -> None:
         """See `Engine.mark`. Every step writes a new cache, so the old one only has to be kept: memory for a second."""
-        self._mark = (self._past, self._length, self._position)
+        self._mark = (self._past, self._place)
 
     def rewind(self) -> bool:
         """See `Engine.rewind`."""
         if self._mark is None:
             return False
-        self._past, self._length, self._position = self._mark
+        self._past, self._place = self._mark
         return True
 
     def close(self) -> None:
@@ -149,24 +137,24 @@ class OnnxEngine:
         del self._embedding, self._vision, self._decoder
 
     def _embed(self, ids: Any) -> Features:
-        embeds = self._embedding.run(None, {"input_ids": ids[None]})[0]
+        with running("embedding"):
+            embeds = self._embedding.run(None, {"input_ids": ids[None]})[0]
         return cast("Features", embeds.astype(np.float32, copy=False))
 
     def _step(self, embeds: Features, keep: int, positions: Positions | None = None) -> Logits:
         """Run the decoder on top of the cache and keep its new cache; logits (positions, vocabulary)."""
-        end = self._length + embeds.shape[1]
-        if positions is None:
-            positions = np.arange(self._position, self._position + embeds.shape[1], dtype=np.int64)[None]
+        positions, after = self._place.numbered(embeds.shape[1], positions)
         feed = {
             "inputs_embeds": _value(embeds),
-            "attention_mask": _value(np.ones((1, end), np.int64)),
-            "position_ids": _value(self._shaped(positions)),
+            "attention_mask": _value(np.ones((1, after.length), np.int64)),
+            "position_ids": _value(shaped(positions, self._axes)),
             "num_logits_to_keep": _value(np.array(keep, np.int64)),
         }
-        outputs = self._run(feed | self._past)
+        with running("decoder"):
+            outputs = self._run(feed | self._past)
         logits: Logits = outputs.pop("logits").numpy()[0].astype(np.float32, copy=False)
         self._past = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
-        self._length, self._position = end, int(positions.max()) + 1
+        self._place = after
         return logits
 
     def _run(self, feed: dict[str, Any]) -> dict[str, Any]:
@@ -178,12 +166,6 @@ class OnnxEngine:
             binding.bind_output(name, "cpu" if name == "logits" else self._memory)
         self._decoder.run_with_iobinding(binding)
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
-
-    def _shaped(self, positions: Positions) -> Positions:
-        """Positions (axes or 1, tokens) as the decoder takes them: (batch, tokens), or (axes, batch, tokens)."""
-        if not self._axes:
-            return positions
-        return np.ascontiguousarray(np.broadcast_to(positions, (self._axes, positions.shape[1]))[:, None])
 
 
 def _numpy_type(value: Any) -> type[Any]:
@@ -207,11 +189,5 @@ def _session(
     try:
         return ort.InferenceSession(path, options, providers=list(providers))
     except Exception as error:  # the C++ side raises a dozen kinds
-        raise BundleError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {error}") from error
-
-
-def _image_token(bundle: Bundle, folder: Path) -> int:
-    token = Tokenizer.from_file(str(bundle.path_of(folder, "tokenizer"))).token_to_id(bundle.prompt.image_token)
-    if token is None:
-        raise BundleError(f"the tokenizer has no token {bundle.prompt.image_token!r}")
-    return int(token)
+        reason = one_line(str(error))
+        raise BundleError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {reason}") from error

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from mpa_edge.bundle import Bundle, QwenVlImages, Role
-from mpa_edge.errors import BundleError, InputError, ModelError
+from mpa_edge.bundle import Bundle, QwenVlImages, Role, one_line
+from mpa_edge.errors import BundleError, InputError
+from mpa_edge.runtime.embedding import TILES_AT_ONCE, Place, image_token_of, put_features, running, shaped
 from mpa_edge.runtime.engine import Features, Logits, Positions
 from mpa_edge.runtime.families import Cut, family_of_bundle
 from mpa_edge.runtime.openvino_library import opset13, ov
 from mpa_edge.runtime.openvino_vision import merger_inputs
 
-# Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
-TILES_AT_ONCE = 4
 LOGITS_TO_KEEP = "num_logits_to_keep"
 # Where a graph's notes hold how many image tokens wide a window of its attention is.
 WINDOW = ("mpa_edge", "window_tokens")
@@ -35,20 +33,20 @@ def open_engine(folder: Path, bundle: Bundle, threads: int | None = None, device
 class OpenVinoEngine:
     """See `Engine`. `threads` None leaves the number to OpenVINO.
 
-    `device` is OpenVINO's name of one: CPU by default, the only one that export verified; on others, which compute in
-    half precision, answers may differ. Raises `BundleError` for a graph that cannot be loaded and `InputError` for a
-    device that is not there.
+    `device` is OpenVINO's name of one (GPU, GPU.1, NPU) or of a way to use several (AUTO:GPU,CPU, HETERO:GPU,CPU): CPU
+    by default, the only one that export verified; on others, which compute in half precision, answers may differ.
+    Raises `BundleError` for a graph that cannot be loaded and `InputError` for a device that is not there, or cannot
+    take the model.
     """
 
     name = "openvino"
 
     def __init__(self, folder: Path, bundle: Bundle, threads: int | None = None, *, device: str = "CPU") -> None:
         core = ov.Core()
-        if device not in core.available_devices:
-            raise InputError(f"OpenVINO sees no device {device} here: {', '.join(core.available_devices)}")
+        _check_device(device, core.available_devices)
         self._bundle, self.device = bundle, device
         self._family = family_of_bundle(bundle)
-        self._image_token = _image_token(bundle, folder)
+        self._image_token = image_token_of(folder, bundle)
         roles = {file.role for file in bundle.files}
 
         def load(role: Role, change: Callable[[ov.Model], None] = lambda model: None) -> Any:
@@ -63,18 +61,17 @@ class OpenVinoEngine:
         language = load("language_model", _keep_last_logits)
         self._language = language.create_infer_request()
         self._axes = 3 if language.input("position_ids").partial_shape.rank.get_length() == 3 else 0
-        # Tokens in the cache, and the position of the next one: not the same where a picture has rows and columns.
-        self._length = self._position = 0
-        self._mark: tuple[int, int] | None = None
+        self._place = Place()
+        self._mark: Place | None = None
 
     def encode(self, cut: Cut) -> Features:
         """See `Engine.encode`."""
         pixels = self._family.pixel_values(cut, self._bundle.image)["pixel_values"]
         if self._merger is not None:
-            return self._merged(self._vision(pixels)[0], cut)
+            return self._merged(self._see(pixels), cut)
         tiles = pixels.reshape(-1, *pixels.shape[-3:])
         starts = range(0, len(tiles), TILES_AT_ONCE)
-        features = np.concatenate([self._vision(tiles[start : start + TILES_AT_ONCE])[0] for start in starts])
+        features = np.concatenate([self._see(tiles[start : start + TILES_AT_ONCE]) for start in starts])
         return cast("Features", features.reshape(-1, features.shape[-1]))
 
     def prefill(
@@ -88,12 +85,9 @@ class OpenVinoEngine:
         """See `Engine.prefill`."""
         ids = np.asarray(token_ids, np.int64)
         embeds = self._embed(ids)
-        places = np.flatnonzero(ids == self._image_token)
-        if len(places) != len(features):
-            raise ModelError(f"{len(places)} image tokens in the prompt for {len(features)} image features")
-        embeds[0, places] = features
+        put_features(embeds, ids, self._image_token, features)
         self._language.reset_state()
-        self._length, self._position, self._mark = 0, 0, None
+        self._place, self._mark = Place(), None
         logits = self._step(embeds, 0 if all_logits else 1, positions)
         last: Logits = logits[-1]
         return logits if all_logits else last
@@ -105,17 +99,17 @@ class OpenVinoEngine:
 
     def mark(self) -> None:
         """See `Engine.mark`. It costs nothing: what comes after is cut off by `rewind`."""
-        self._mark = (self._length, self._position)
+        self._mark = self._place
 
     def rewind(self) -> bool:
         """See `Engine.rewind`."""
         if self._mark is None:
             return False
-        if self._length != self._mark[0]:
+        if self._place != self._mark:
             for state in self._language.query_state():
-                kept = state.state.data[:, :, : self._mark[0]]
+                kept = state.state.data[:, :, : self._mark.length]
                 state.state = ov.Tensor(np.ascontiguousarray(kept))
-        self._length, self._position = self._mark
+        self._place = self._mark
         return True
 
     def close(self) -> None:
@@ -123,12 +117,17 @@ class OpenVinoEngine:
         self._mark = None
         del self._embedding, self._vision, self._merger, self._language
 
+    def _see(self, pixels: Any) -> Any:
+        with running("vision encoder"):
+            return self._vision(pixels)[0]
+
     def _merged(self, patches: Features, cut: Cut) -> Features:
         """Qwen-VL's patches, embedded, through the tower's blocks: (image tokens, hidden)."""
         merge = cast("QwenVlImages", self._bundle.image).merge_size
         width = self._merger.input("rotary_pos_emb").partial_shape[1].get_length()
         feed = merger_inputs(patches, cut.rows, cut.columns, merge, width, self._window)
-        return cast("Features", self._merger(feed)[0])
+        with running("vision merger"):
+            return cast("Features", self._merger(feed)[0])
 
     def _read_window(self, model: ov.Model) -> None:
         """The edge of Qwen2.5-VL's windows in image tokens, which export wrote into the graph's own notes."""
@@ -136,29 +135,31 @@ class OpenVinoEngine:
             self._window = int(model.get_rt_info(list(WINDOW)).astype(int))
 
     def _embed(self, ids: Any) -> Features:
-        return cast("Features", self._embedding(ids[None])[0].astype(np.float32))
+        with running("embedding"):
+            return cast("Features", self._embedding(ids[None])[0].astype(np.float32))
 
     def _step(self, embeds: Features, keep: int, positions: Positions | None = None) -> Logits:
         """Run the language model on top of its cache; logits (positions, vocabulary)."""
-        end = self._length + embeds.shape[1]
-        if positions is None:
-            positions = np.arange(self._position, self._position + embeds.shape[1], dtype=np.int64)[None]
+        positions, after = self._place.numbered(embeds.shape[1], positions)
         feed = {
             "inputs_embeds": embeds,
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": self._shaped(positions),
+            "attention_mask": np.ones((1, after.length), np.int64),
+            "position_ids": shaped(positions, self._axes),
             "beam_idx": np.zeros(1, np.int32),
             LOGITS_TO_KEEP: np.array(keep, np.int64),
         }
-        logits: Logits = self._language.infer(feed, share_inputs=True)["logits"][0]
-        self._length, self._position = end, int(positions.max()) + 1
+        with running("language model"):
+            logits: Logits = self._language.infer(feed, share_inputs=True)["logits"][0]
+        self._place = after
         return logits
 
-    def _shaped(self, positions: Positions) -> Positions:
-        """Positions (axes or 1, tokens) as the language model takes them: (batch, tokens), or (axes, batch, tokens)."""
-        if not self._axes:
-            return positions
-        return np.ascontiguousarray(np.broadcast_to(positions, (self._axes, positions.shape[1]))[:, None])
+
+def _check_device(device: str, here: Sequence[str]) -> None:
+    """`InputError` for a device that is not here. GPU is GPU.0 where there are several; names of ways to use several
+    (AUTO:…, HETERO:…) OpenVINO judges itself, when it compiles."""
+    several = ":" in device or device == "AUTO"
+    if not several and not any(known == device or known.startswith(f"{device}.") for known in here):
+        raise InputError(f"OpenVINO sees no device {device} here: {', '.join(here)}")
 
 
 def _compiled(
@@ -170,9 +171,16 @@ def _compiled(
     try:
         model = core.read_model(path)
         change(model)
+    except RuntimeError as error:
+        reason = one_line(str(error))
+        raise BundleError(f"{path} cannot be loaded by OpenVINO {ov.__version__}: {reason}") from error
+    try:
         return core.compile_model(model, device, settings)
     except RuntimeError as error:
-        raise BundleError(f"{path} cannot be loaded by OpenVINO {ov.__version__}: {error}") from error
+        reason = one_line(str(error))
+        if device == "CPU":  # which takes every graph that is sound
+            raise BundleError(f"{path} cannot be loaded by OpenVINO {ov.__version__}: {reason}") from error
+        raise InputError(f"--device {device}: OpenVINO {ov.__version__} cannot run {path} there: {reason}") from error
 
 
 def _keep_last_logits(model: ov.Model) -> None:
@@ -191,10 +199,3 @@ def _keep_last_logits(model: ov.Model) -> None:
     head.input(0).replace_source_output(kept.output(0))
     model.add_parameters([keep])
     model.validate_nodes_and_infer_types()
-
-
-def _image_token(bundle: Bundle, folder: Path) -> int:
-    token = Tokenizer.from_file(str(bundle.path_of(folder, "tokenizer"))).token_to_id(bundle.prompt.image_token)
-    if token is None:
-        raise BundleError(f"the tokenizer has no token {bundle.prompt.image_token!r}")
-    return int(token)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -21,11 +22,13 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from mpa_edge.bundle import PromptSettings
+from mpa_edge.bundle import PromptSettings, one_line
 from mpa_edge.errors import BundleError, InputError
 
 # A private-use character stands for the user's text while the template is rendered.
 SLOT = "\ue000"
+# Characters that a template may make of one conversation, whose texts and pictures are single characters and words.
+MOST_RENDERED = 2**20
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Prompts:
         self._image_token = settings.image_token
         self.image_token_id = _id_of(tokenizer, settings.image_token)
         self._settings = settings
+        if unknown := [token for token in settings.begin_token_ids if tokenizer.id_to_token(token) is None]:
+            raise BundleError(f"the tokenizer has no token {unknown[0]}, which the manifest puts before every prompt")
         # A template is slow to render and the same conversations come again, with other texts.
         self._frame = lru_cache(maxsize=64)(self._render)
         self._frame((("user", 1),))
@@ -97,10 +102,10 @@ class Prompts:
             for role, pictures in turns
         ]
         try:
-            template = _environment().from_string(self._settings.chat_template)
-            rendered = template.render(messages=messages, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise BundleError(f"the chat template cannot be rendered: {error}") from error
+            rendered = _rendered(self._settings.chat_template, messages)
+        except Exception as error:  # a template is a program, and may fail as one: division by zero, memory, recursion
+            reason = one_line(str(error)) or type(error).__name__
+            raise BundleError(f"the chat template cannot be rendered: {reason}") from error
         if rendered.count(SLOT) != len(turns) or rendered.count(self._image_token) != sum(count for _, count in turns):
             raise BundleError("the chat template does not hold each picture and each text once")
         slots = re.compile(f" {SLOT} |{SLOT}")
@@ -155,6 +160,16 @@ def _joined(pieces: Sequence[str], texts: Sequence[str]) -> str:
     return pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
 
 
+def _rendered(chat_template: str, messages: list[dict[str, Any]]) -> str:
+    template, pieces, length = _environment().from_string(chat_template), [], 0
+    for piece in template.generate(messages=messages, add_generation_prompt=True):
+        length += len(piece)
+        if length > MOST_RENDERED:
+            raise jinja2.TemplateError(f"it makes more than {MOST_RENDERED} characters of one conversation")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates: a template is text from elsewhere and stays in the box."""
 
@@ -171,6 +186,14 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`; `BundleError` where the file holds none."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise BundleError(f"{path} is no tokenizer: {one_line(str(error))}") from error
 
 
 def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:

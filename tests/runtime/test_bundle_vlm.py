@@ -17,15 +17,15 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 import mpa_edge.runtime as runtime
-from mpa_edge.bundle import Bundle, Source
+from mpa_edge.bundle import Bundle
 from mpa_edge.errors import BundleError, ImageError, InputError, MissingExtra, ModelError
-from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.engine import Features, Logits
 from mpa_edge.runtime.families import Cut
 from mpa_edge.runtime.look import FeatureCache
-from mpa_edge.runtime.prompts import Turn
+from mpa_edge.runtime.prompts import Turn, read_tokenizer
 from mpa_edge.runtime.vlm import Decoding, Timings, Vlm
+from tiny_bundles import manifest_of
 
 
 class Script:
@@ -69,20 +69,7 @@ class Script:
 
 @pytest.fixture(scope="module")
 def manifest(tiny_one_tile: Path) -> Bundle:
-    from transformers import AutoProcessor
-
-    config, processor = read_config(tiny_one_tile), AutoProcessor.from_pretrained(tiny_one_tile)
-    family = family_of(config)
-    return Bundle(
-        name="script",
-        family=family.name,
-        engine="llama.cpp",
-        quantization="f16",
-        files=(),
-        image=family.image_settings(config, processor),
-        prompt=prompt_settings(config, processor, "Q: {question}", 6),
-        source=Source(student="tiny", tool_version="0"),
-    )
+    return manifest_of(tiny_one_tile, "llama.cpp", "f16", name="script", template="Q: {question}", tokens=6)
 
 
 @pytest.fixture
@@ -392,7 +379,7 @@ def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_file_that_is_no_tokenizer(tmp_path: Path, manifest: Any) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="no tokenizer"):
-        runtime._tokenizer(tmp_path / "tokenizer.json")
+        read_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(

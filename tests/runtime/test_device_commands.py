@@ -110,9 +110,10 @@ def test_costs_are_those_of_real_prompts(
         settings = image.model_copy(update={"longest_edge": edge})
         cut = Idefics3().cut(shape, settings)
         prompt = vlm.prompts.tokens(vlm.put(""), [Idefics3().layout(cut.rows, cut.columns, "<image>", settings)])
-        assert (cost.image_tokens, cost.prompt_tokens) == (prompt.count(vlm.prompts.image_token_id), len(prompt))
+        seen = prompt.count(vlm.prompts.image_token_id)
+        assert (cost.image_tokens, cost.prompt_tokens) == (seen, len(prompt) if seen < 1024 else None)
         assert cost.trained_with == (edge == 128)
-        assert cost.fits == (cost.prompt_tokens < 1024)
+        assert cost.fits == (len(prompt) < 1024)
     assert not all(cost.fits for cost in found)
 
 

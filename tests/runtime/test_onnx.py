@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mpa_edge.bundle import Bundle, Source, read_bundle, write_bundle
+from mpa_edge.bundle import read_bundle, write_bundle
 from mpa_edge.errors import BundleError, InputError, ModelError
-from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.export.to_onnx import to_onnx
-from mpa_edge.runtime import BundleVlm, load
-from mpa_edge.runtime.families import Cut
+from mpa_edge.runtime import BundleVlm, load, open_bundle
 from mpa_edge.runtime.onnx import OnnxEngine
+from tiny_bundles import manifest_of
 
 # Float32 on both sides; sums are taken in another order. 2e-6 of the largest logit is what is seen.
 FP32_TOLERANCE = 2e-5
@@ -37,27 +36,10 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory, onnx_graphs: Callable[
         folder = root / f"{model.name}-{quant}"
         if not folder.exists():
             files, checks = to_onnx(model, folder, quant, graphs=onnx_graphs(model))
-            write_bundle(folder, manifest(model, quant, files, checks))
+            write_bundle(folder, manifest_of(model, "onnxruntime", quant, files, checks=checks))
         return folder
 
     return make
-
-
-def manifest(model: Path, quant: str, files: list[Any], checks: dict[str, Any]) -> Bundle:
-    from transformers import AutoProcessor
-
-    processor, config = AutoProcessor.from_pretrained(model), read_config(model)
-    return Bundle(
-        name=f"{model.name}-{quant}",
-        family="idefics3",
-        engine="onnxruntime",
-        quantization=quant,
-        files=tuple(files),
-        image=family_of(config).image_settings(config, processor),
-        prompt=prompt_settings(config, processor, "{question}", 12),
-        source=Source(student=model.name, tool_version="test"),
-        checks=checks,
-    )
 
 
 class Reference:
@@ -198,10 +180,10 @@ def test_a_tile_that_the_model_takes_for_padding_is_an_input_error(
     folder = make_bundle(tiny_idefics3, "fp32")
     bundle = read_bundle(folder)
     dark = bundle.model_copy(update={"image": bundle.image.model_copy(update={"mean": (0.0, 0.0, 0.0)})})
-    tiles = np.full((2, 64, 64, 3), 9, np.uint8)
-    tiles[0] = 0
-    with pytest.raises(InputError, match="taken for padding"):
-        OnnxEngine(folder, dark, 1).encode(Cut(tiles, 1, 1))
+    pixels = np.full((64, 128, 3), 9, np.uint8)
+    pixels[:, :64] = 0
+    with open_bundle(folder, dark, threads=1) as vlm, pytest.raises(InputError, match="taken for padding"):
+        vlm.ask(Image.fromarray(pixels), QUESTION)
 
 
 def test_a_damaged_graph_and_a_missing_provider_are_named(

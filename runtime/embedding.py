@@ -1,0 +1,76 @@
+"""What the engines share that are fed embeddings: ONNX Runtime and OpenVINO. The library computes, here is the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpa_edge.bundle import Bundle, one_line
+from mpa_edge.errors import BundleError, ModelError
+from mpa_edge.runtime.engine import Features, Positions
+from mpa_edge.runtime.prompts import read_tokenizer
+
+# Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
+TILES_AT_ONCE = 4
+
+
+class Place(NamedTuple):
+    """Where a cache ends: tokens in it, and the position of the next one. These are not the same where a picture has
+    rows and columns."""
+
+    length: int = 0
+    position: int = 0
+
+    def numbered(self, count: int, positions: Positions | None = None) -> tuple[Positions, Place]:
+        """Positions (axes or 1, tokens) of the next `count` tokens, and the place after them."""
+        if positions is None:
+            positions = np.arange(self.position, self.position + count, dtype=np.int64)[None]
+        return positions, Place(self.length + count, int(positions.max()) + 1)
+
+
+def shaped(positions: Positions, axes: int) -> Positions:
+    """Positions (axes or 1, tokens) as a graph takes them: (batch, tokens), or (axes, batch, tokens) where it has
+    axes."""
+    if not axes:
+        return positions
+    return np.ascontiguousarray(np.broadcast_to(positions, (axes, positions.shape[1]))[:, None])
+
+
+def put_features(embeds: Features, token_ids: NDArray[np.int64], image_token: int, features: Features) -> None:
+    """Put features (image tokens, hidden) in the image tokens' places of embeddings (1, tokens, hidden).
+
+    Raises `ModelError` unless they are as many, and as wide.
+    """
+    places = np.flatnonzero(token_ids == image_token)
+    if len(places) != len(features):
+        raise ModelError(f"{len(places)} image tokens in the prompt for {len(features)} image features")
+    if embeds.shape[-1] != features.shape[-1]:
+        raise ModelError(
+            f"image features are {features.shape[-1]} wide, embeddings {embeds.shape[-1]}: the bundle's graphs do not "
+            "belong together"
+        )
+    embeds[0, places] = features
+
+
+def image_token_of(folder: Path, bundle: Bundle) -> int:
+    """The id of the bundle's image token; `BundleError` where its tokenizer has none."""
+    token = read_tokenizer(bundle.path_of(folder, "tokenizer")).token_to_id(bundle.prompt.image_token)
+    if token is None:
+        raise BundleError(f"the tokenizer has no token {bundle.prompt.image_token!r}")
+    return int(token)
+
+
+@contextmanager
+def running(graph: str) -> Iterator[None]:
+    """Around a library's call that computes: whatever it raises becomes a `ModelError`, in one line."""
+    try:
+        yield
+    except Exception as error:  # the C++ sides raise a dozen kinds
+        raise ModelError(
+            f"the {graph} cannot be run; does its file belong to this bundle? {one_line(str(error))}"
+        ) from error
