@@ -20,6 +20,7 @@ PACKAGES = (
     "tokenizers",
     "llama-cpp-python",
     "onnxruntime",
+    "openvino",
     "torch",
     "transformers",
     "peft",

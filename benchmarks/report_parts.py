@@ -110,7 +110,8 @@ def where(entry: Entry, threads: int) -> str:
     device = entry.get("device")
     count = entry.get("threads") or threads
     on = f"{device or 'unknown'}, {count} thread{'s' if count != 1 else ''}" if device in (None, "cpu") else device
-    return f"{on} · {entry['dtype']}" if entry.get("dtype") else str(on)
+    told = entry.get("dtype") if entry.get("role") != "bundle" else None  # a bundle's name tells it already
+    return f"{on} · {told}" if told else str(on)
 
 
 def has(entries: Sequence[Entry]) -> dict[str, bool]:

@@ -327,6 +327,7 @@ def test_the_front_goes_from_the_fastest_to_the_most_accurate() -> None:
 def test_a_variant_says_where_it_ran() -> None:
     entry = {"engine": "llama.cpp", "device": "cpu", "threads": None, "dtype": "q8_0"}
     assert where(entry, 4) == "cpu, 4 threads · q8_0"
+    assert where({**entry, "role": "bundle"}, 4) == "cpu, 4 threads"
     assert where({**entry, "threads": 1}, 4) == "cpu, 1 thread · q8_0"
     assert where({"engine": "transformers", "device": "cuda:0", "dtype": "bfloat16"}, 4) == "cuda:0 · bfloat16"
     assert where({"engine": "chat"}, 4) == "its server"
