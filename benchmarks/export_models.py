@@ -80,11 +80,14 @@ def _qwen2_vl() -> tuple[Any, Any]:
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{mark}|>" for mark in marks.values()]})
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28 * 28, "longest_edge": 256 * 28 * 28})
     processor = without_videos(Qwen2VLProcessor)(images, tokenizer, chat_template=QWEN_TEMPLATE)
+    tokens: dict[str, Any] = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in marks.items()
+    }
     config = Qwen2VLConfig(
         text_config={**QWEN_TEXT, **_ids(tokenizer)},
         vision_config=QWEN_VISION,
         tie_word_embeddings=True,
-        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in marks.items()},
+        **tokens,
     )
     return Qwen2VLForConditionalGeneration(config), processor
 
@@ -109,4 +112,4 @@ def _write_adapter(model: Any, base: Path, folder: Path) -> None:
             if "lora_B" in name:
                 weight.normal_(0, 0.002)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))

@@ -59,12 +59,13 @@ def smolvlm_config(size: str = "256M", **ids: int) -> Idefics3Config:
     from transformers import Idefics3Config
 
     special = {name: value for name, value in ids.items() if name != "image_token_id"}
+    given: dict[str, Any] = dict(ids)
     return Idefics3Config(
         text_config={**TEXTS[size], **special, "tie_word_embeddings": False},
         vision_config=VISION,
         scale_factor=SHUFFLE,
         tie_word_embeddings=False,
-        **ids,
+        **given,
     )
 
 

@@ -58,7 +58,8 @@ class AdaptedModel:
             raise ExportError(f"{folder} does not fit its base: {error}") from error
         self.names = targeted_tensors(folder)
         self._folder = folder
-        modules = self.model.base_model.model.named_modules()
+        wrapped: Any = self.model.base_model
+        modules = wrapped.model.named_modules()
         self._layers = {name: module for name, module in modules if isinstance(module, LoraLayer)}
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -57,11 +57,12 @@ def load_model(folder: Path) -> Any:
     """
     dtype = stored_dtype(folder)
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers raises whatever it trips over
         raise ExportError(f"{folder} cannot be loaded: {error}") from error
+    model, found = loaded
     if absent := sorted(found["missing_keys"]):
         raise ExportError(f"{folder} lacks {len(absent)} tensors of its model, {absent[0]} first")
     return model.eval()

@@ -11,6 +11,7 @@ computes in float32 and widens their weights when it loads them: there fp16 halv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -52,8 +53,8 @@ def to_half(model: ir.Model) -> None:
     casts = _Casts(graph)
     for node in list(graph):
         if node.op_type != "Cast":
-            for place, value in enumerate(node.inputs):
-                node.replace_input_with(place, casts.to(FLOAT if node in kept else HALF, value))
+            for place, given in enumerate(node.inputs):
+                node.replace_input_with(place, casts.to(FLOAT if node in kept else HALF, given))
     for place, value in enumerate(graph.outputs):
         if not _is_cache(value):
             graph.outputs[place] = casts.output(value)
@@ -113,9 +114,9 @@ def _give_half(node: ir.Node) -> None:
     if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", HALF)
     if node.op_type == "ConstantOfShape":
-        value = node.attributes.get("value")
-        number = 0.0 if value is None else value.as_tensor().numpy()
-        if value is None or number.dtype == np.float32:
+        filling: Any = node.attributes.get("value")
+        number: Any = 0.0 if filling is None else filling.as_tensor().numpy()
+        if filling is None or number.dtype == np.float32:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.reshape(number, 1).astype(np.float16)))
 
 

@@ -36,7 +36,7 @@ def use_three_axes(model: onnx.ModelProto, position_ids: str, sections: Sequence
 
     Raises `ExportError` where the attention does not turn queries and keys itself, as the builder's does.
     """
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         nodes.extend(_turned(node, heads) if node.op_type == "GroupQueryAttention" else [node])
     first = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")

@@ -73,7 +73,7 @@ def convert(source: Path, target: Path, precision: Precision) -> None:
 def _quantize(model: ir.Model, precision: Precision) -> None:
     quantizer, precise = _quantizer(precision), float32_nodes(model.graph)
     for node in list(model.graph):
-        if node.op_type in PRODUCTS and node not in precise and node.inputs[1].const_value is not None:
+        if node.op_type in PRODUCTS and node not in precise and _weight(node).const_value is not None:
             _replace(model.graph, node, quantizer)
     RemoveUnusedNodesPass()(model)
     if left := [node.name for node in model.graph if _has_weight(node) and node not in precise]:
@@ -81,16 +81,21 @@ def _quantize(model: ir.Model, precision: Precision) -> None:
     model.opset_imports["com.microsoft"] = 1
 
 
+def _weight(node: ir.Node) -> Any:
+    """A product's second input, which it always has."""
+    return node.inputs[1]
+
+
 def _replace(graph: ir.Graph, node: ir.Node, quantizer: Any) -> None:
     """Put a product with quantized weights in the node's place, and the addition that a Gemm has too."""
-    weight, settings = array_of(node.inputs[1].const_value), {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0}
+    weight, settings = array_of(_weight(node).const_value), {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0}
     settings |= {name: attribute.value for name, attribute in node.attributes.items()}
     if (settings["transA"], settings["alpha"], settings["beta"]) != (0, 1.0, 1.0) or weight.ndim != 2:
         raise ExportError(f"{node.name} is a {node.op_type} that cannot be quantized: {weight.shape}, {settings}")
     weight = np.ascontiguousarray(weight.T) if settings["transB"] else weight
     product = ir.node(
         "MatMulNBits",
-        [node.inputs[0], *_stored(graph, str(node.inputs[1].name), weight, quantizer)],
+        [node.inputs[0], *_stored(graph, str(_weight(node).name), weight, quantizer)],
         {"K": weight.shape[0], "N": weight.shape[1], **_attributes(quantizer.config)},
         domain="com.microsoft",
         name=f"{node.name}_Q{quantizer.config.bits}",

@@ -80,8 +80,9 @@ class QwenVision(torch.nn.Module):
     def _window_of(self, places: Places) -> torch.Tensor:
         """A number for each window: its place in the picture counted from the picture's first patch. A picture has
         more patches than windows, so those of two pictures never meet."""
-        across = (places.columns + self.window - 1) // self.window
-        return places.frame + places.row // self.window * across + places.column // self.window
+        window: int = self.window or 1
+        across = (places.columns + window - 1) // window
+        return places.frame + places.row // window * across + places.column // window
 
 
 def _same(numbers: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ def open_graph(path: Path) -> onnxruntime.InferenceSession:
 
 def _with_notes(model: ir.Model) -> Iterator[Any]:
     yield model
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[Any] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         yield graph
         yield from graph.inputs
         for node in graph:

@@ -90,7 +90,8 @@ class LanguageModel(torch.nn.Module):
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return self.head(hidden), *(part for layer in cache.layers for part in (layer.keys, layer.values))
+        layers: list[Any] = list(cache.layers)
+        return self.head(hidden), *(part for layer in layers for part in (layer.keys, layer.values))
 
 
 def text_model(model: Any) -> Any:

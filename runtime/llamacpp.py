@@ -226,7 +226,8 @@ class LlamaCpp:
         rows = ctypes.c_float * (wanted * self._vocabulary_size)
         address = ctypes.cast(llama.llama_get_logits(self._context), ctypes.c_void_p).value
         # Copied: llama.cpp overwrites its buffer with the next batch.
-        return np.frombuffer(rows.from_address(address), np.float32).reshape(wanted, -1).copy()
+        logits: Logits = np.frombuffer(rows.from_address(address), np.float32).reshape(wanted, -1).copy()
+        return logits
 
 
 def _batch_of_one() -> Any:

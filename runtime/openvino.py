@@ -57,7 +57,7 @@ class OpenVinoEngine:
         self._embedding = load("embed_tokens")
         self._vision = load("vision_encoder")
         self._window = 0
-        self._merger = load("vision_merger", self._read_window) if "vision_merger" in roles else None
+        self._merger: Any = load("vision_merger", self._read_window) if "vision_merger" in roles else None
         language = load("language_model", _keep_last_logits)
         self._language = language.create_infer_request()
         self._axes = 3 if language.input("position_ids").partial_shape.rank.get_length() == 3 else 0

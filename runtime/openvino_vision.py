@@ -60,4 +60,5 @@ def windows(rows: int, columns: int, window: int) -> tuple[NDArray[np.int64], ND
 def window_mask(counts: NDArray[np.int64], merge: int) -> NDArray[np.float32]:
     """(1, patches, patches), patches sorted by window: 0 within a window, minus infinity elsewhere."""
     number = np.repeat(np.arange(len(counts)), counts * merge**2)
-    return np.where(number[:, None] == number[None], np.float32(0), np.float32(-np.inf))[None]
+    mask: NDArray[np.float32] = np.where(number[:, None] == number[None], np.float32(0), np.float32(-np.inf))[None]
+    return mask
