@@ -116,7 +116,9 @@ def _run_builder(text: Path, built: Path) -> None:
 
 
 def _add_position_ids(model: onnx.ModelProto, axes: int) -> None:
-    shape: list[str | int | None] = [3, "batch_size", "sequence_length"] if axes == 3 else ["batch_size", "sequence_length"]
+    shape: list[str | int | None] = ["batch_size", "sequence_length"]
+    if axes == 3:
+        shape.insert(0, axes)
     model.graph.input.append(helper.make_tensor_value_info(POSITION_IDS, TensorProto.INT64, shape))
 
 
