@@ -156,7 +156,10 @@ def _bundles(
     for quant in quants:
         steps(f"verify {job.format}-{quant}")
         target = job.merged.root / f"{job.format}-{quant}"
-        placed.append((target, _verify_and_place(made[quant], folders[quant], target, reference, workshop)))
+        whole = _verify_and_place(made[quant], folders[quant], target, reference, workshop)
+        for warning in _warnings(whole):
+            steps.warn(warning)
+        placed.append((target, whole))
     if road:
         besides = [(folders[quant], made[quant]) for quant in wanted if quant not in quants]
         scored = road.checks([*placed, *besides], steps)
@@ -214,8 +217,9 @@ def _verify_and_place(bundle: Bundle, folder: Path, target: Path, reference: Any
 
     with open_bundle(folder, bundle) as vlm:
         checks = {**bundle.checks, "verify": verify(vlm, reference), selfcheck.NAME: selfcheck.record(vlm)}
-    (folder / "README.md").write_text(_readme(bundle))
-    files = (*bundle.files, describe_file(folder, "README.md", "readme"), *_for_others(folder, bundle))
+    others = _for_others(folder, bundle)
+    (folder / "README.md").write_text(_readme(folder, bundle, others), encoding="utf-8")
+    files = (*bundle.files, describe_file(folder, "README.md", "readme"), *others)
     whole = bundle.model_copy(update={"checks": checks, "files": files})
     write_bundle(folder, whole)
     workshop.place(folder, target)
@@ -251,17 +255,29 @@ class _Settings:
             model.close()
 
 
-def _readme(bundle: Bundle) -> str:
+def _warnings(bundle: Bundle) -> list[str]:
+    """What is to be told of a bundle that passed its checks all the same."""
+    found = [bundle.checks["verify"].get("warning")]
+    if bundle.engine == "llama.cpp":
+        from mpa_edge.export.gguf_readme import tokenizer_warning
+
+        found.append(tokenizer_warning(bundle))
+    return [f"{bundle.short_name}: {warning}" for warning in found if warning]
+
+
+def _readme(folder: Path, bundle: Bundle, others: Sequence[File]) -> str:
     head = f"# {bundle.name}\n\nMade by mpa-edge {bundle.source.tool_version} from {bundle.source.student}.\n\n"
     if bundle.engine == "llama.cpp":
         from mpa_edge.export.gguf_readme import gguf_commands
 
-        return head + gguf_commands(bundle)
+        return head + gguf_commands(bundle, modelfile=bool(others))
     if bundle.engine == "openvino":
         from mpa_edge.export.to_openvino import openvino_commands
 
         return head + openvino_commands(bundle)
-    return head + '    mpa-edge ask . photo.jpg "What does the sign say?"\n'
+    from mpa_edge.export.onnx_readme import onnx_commands
+
+    return head + onnx_commands(folder, bundle)
 
 
 def _for_others(folder: Path, bundle: Bundle) -> list[File]:
@@ -270,4 +286,5 @@ def _for_others(folder: Path, bundle: Bundle) -> list[File]:
         return []
     from mpa_edge.export.gguf_readme import write_modelfile
 
-    return [write_modelfile(folder, bundle)]
+    modelfile = write_modelfile(folder, bundle)
+    return [modelfile] if modelfile else []

@@ -25,8 +25,10 @@ POSITIONS = 32
 def refuse_quantized(folder: Path) -> None:
     """Raise `ExportError` for a checkpoint that is quantized: its weights are not the ones that were trained on."""
     config = json.loads((folder / "config.json").read_bytes())
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    # A part of the model may be quantized alone: then its own configuration says so.
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if settings := next((part["quantization_config"] for part in parts if part.get("quantization_config")), None):
+        method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
         raise ExportError(f"{folder.name} is quantized ({method}); name the 16 or 32 bit checkpoint it was made from")
 
 

@@ -10,14 +10,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, ValidationError
 
+from mpa_edge.digests import digest_of_folder
 from mpa_edge.export.merged import Merged
 from mpa_edge.run_folder import RunFolder, read_run
 
@@ -81,13 +82,50 @@ class Scores:
         return next((row for row in self.rows if row.here), None)
 
 
+class Accuracy(BaseModel):
+    """Of one variant in a bench report; no interval where nothing was answered."""
+
+    value: float | None
+    ci95: tuple[float, float] | None
+
+
+class Variant(BaseModel):
+    """One model in a bench report; without accuracy where it failed."""
+
+    name: str
+    step: str
+    accuracy: Accuracy | None = None
+
+
+class Data(BaseModel):
+    """What a bench report was measured on."""
+
+    name: str
+    n: int
+
+
+class Metric(BaseModel):
+    """How a bench report scored answers."""
+
+    metric: str
+
+
+class Report(BaseModel):
+    """What the card needs of a bench report."""
+
+    created: str
+    data: Data
+    task: Metric
+    variants: list[Variant]
+
+
 def model_card(
     merged: Merged, verified: Mapping[str, Any], *, road: Mapping[str, Any] | None = None, repo: str | None = None
 ) -> str:
     """The card as Markdown with its YAML front matter. `verified` is the outcome of `to_hf.verify_folder`, `road` that
     of `mpa_edge.export.road`, `repo` the hub repository that it goes to."""
     run = read_run(merged.run) if merged.run else {}
-    scores = scores_of_road(road) if road else scores_of_report(merged.run) if merged.run else None
+    scores = scores_of_road(road) if road else scores_of_report(merged)
     carried, source = carried_of(merged), merged.provenance
     title = repo.rpartition("/")[2] if repo else merged.name
     environment = Environment(
@@ -227,26 +265,42 @@ def scores_of_road(road: Mapping[str, Any]) -> Scores:
     return Scores(road["data"]["name"], road["metric"], road["data"]["n"], rows, "Measured by the export itself.")
 
 
-def scores_of_report(run: Path) -> Scores | None:
-    """The run's own bench report, where there is one that is younger than the student."""
+def scores_of_report(merged: Merged) -> Scores | None:
+    """The run's own bench report, where one of its variants is this very model: by the digests of what was measured,
+    which hold in a copy too."""
+    folder = merged.run / "report" if merged.run else None
+    if folder is None or not (folder / "report.json").is_file():
+        return None
     try:
-        report = json.loads((run / "report" / "report.json").read_bytes())
-        created = datetime.fromisoformat(report["created"]).timestamp()
-        weights = max(path.stat().st_mtime for path in RunFolder(run).student.glob("*.safetensors"))
-        known = [entry for entry in report["variants"] if not entry["failed"] and entry["accuracy"]["ci95"]]
-        steps = [entry["step"] for entry in known]
-        # The merged model is the aligned one; both are there only where somebody measured both.
-        here = next((step for step in ("merged", "aligned") if step in steps), None)
-        rows = [
-            Row(entry["name"], entry["accuracy"]["value"], entry["accuracy"]["ci95"], entry["step"] == here)
-            for entry in known
-        ]
-        if not rows or created < weights:
-            return None
-        source = f"From the benchmark of {report['created'][:10]}."
-        return Scores(report["data"]["name"], report["task"]["metric"], report["data"]["n"], rows, source)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # none, or one of another version
+        report = Report.model_validate_json((folder / "report.json").read_bytes())
+    except ValidationError:
+        return None  # of another version
+    known = [
+        (variant.name, found.value, found.ci95)
+        for variant in report.variants
+        if (found := variant.accuracy) and found.value is not None and found.ci95
+    ]
+    # The merged model is the aligned one; both are there only where somebody measured both.
+    ours = [variant.name for step in ("merged", "aligned") for variant in report.variants if variant.step == step]
+    ours = [name for name in ours if name in {name for name, _, _ in known}]
+    digests = {merged.provenance.adapter_sha256, digest_of_folder(merged.folder)}
+    here = next((name for name in ours if digests & measured_digests(folder / "raw", name)), None)
+    if here is None:
+        return None
+    rows = [Row(name, value, ci95, name == here) for name, value, ci95 in known]
+    source = f"From the benchmark of {report.created[:10]}."
+    return Scores(report.data.name, report.task.metric, report.data.n, rows, source)
+
+
+def measured_digests(raw: Path, variant: str) -> set[str]:
+    """The digests of the weights that a benchmark opened under a variant's name: of an adapter, of a whole model."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", variant)[:60]
+    found = set()
+    for path in raw.glob("*/measured.json"):
+        if re.fullmatch(rf"{re.escape(name)}-[0-9a-f]+", path.parent.name):
+            about = json.loads(path.read_bytes()).get("describe") or {}
+            found |= {about[key] for key in ("adapter", "weights") if about.get(key)}
+    return found
 
 
 def in_words(value: Any) -> str:

@@ -9,13 +9,9 @@ from mpa_edge.export.memory import give_back_memory
 
 
 class Steps:
-    """`steps("merge")` ends the step before and begins this one; leaving the `with` block ends the last.
-
-    `seconds` holds what each ended step took, by name.
-    """
+    """`steps("merge")` ends the step before and begins this one; leaving the `with` block ends the last."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
-        self.seconds: dict[str, float] = {}
         self._tell = tell
         self._name: str | None = None
         self._start = 0.0
@@ -26,6 +22,10 @@ class Steps:
         self._name, self._start = name, time.perf_counter()
         self._tell(f"{name} …")
 
+    def warn(self, text: str) -> None:
+        """Tell what does not stop the export and should be known."""
+        self._tell(f"warning: {text}")
+
     def __enter__(self) -> Steps:
         return self
 
@@ -35,6 +35,5 @@ class Steps:
 
     def _end(self) -> None:
         if self._name is not None:
-            took = self.seconds[self._name] = round(time.perf_counter() - self._start, 3)
-            self._tell(f"{self._name}: {took:.1f} s")
+            self._tell(f"{self._name}: {time.perf_counter() - self._start:.1f} s")
             self._name = None

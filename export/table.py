@@ -64,7 +64,7 @@ ABOUT = {
         examples=("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-2B-hf"),
         picture="the grid of square tiles that is nearest to its shape, and an overview",
         positions="0, 1, 2, …",
-        notes="the -hf checkpoints, with a Qwen2 language model",
+        notes="the -hf checkpoints, with a Qwen2 language model; transformers.js does not know it (ONNX Runtime does)",
     ),
 }
 RUNS_ON = {

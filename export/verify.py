@@ -1,6 +1,7 @@
 """The bundle against the merged model: the same questions, through the runtime and through transformers.
 
-Pixels and tokens must be equal; answers and logits may differ as far as the quantization explains.
+Pixels and tokens must be equal; answers and logits may differ as far as the quantization explains. The outcome holds a
+`warning` where answers differ more than most would want, and not enough to say that the bundle is broken.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ LEAST_AGREEMENT = {"f32": 0.99, "fp32": 0.99, "f16": 0.99, "bf16": 0.97, "q8_0":
 # Unlike GGUF's f16 this one computes in float16 too, which turns near ties in long answers.
 LEAST_AGREEMENT["fp16"] = 0.95
 FLOOR = 0.25
+# What passes the floor and gives fewer equal answers than this is told: to make so small a bundle may be wanted.
+GOOD_AGREEMENT = 0.8
 # On so many samples the logits of all positions are compared too.
 LOGIT_SAMPLES = 4
 
@@ -83,6 +86,8 @@ def verify(bundle: BundleVlm, reference: Reference) -> dict[str, Any]:
         "pixels": "equal",
     }
     _check_agreement(bundle.bundle.quantization, equal, outcome, answers, reference)
+    if warning := _warning(bundle.bundle.quantization, equal, reference.drawn):
+        outcome["warning"] = warning
     return outcome
 
 
@@ -105,6 +110,18 @@ def _check_inputs(bundle: BundleVlm, reference: Reference) -> None:
                 "the runtime's pixels differ from the processor's: was the model asked through another image backend "
                 "than Pillow's?"
             )
+
+
+def _warning(quantization: str, equal: Sequence[bool], drawn: int) -> str | None:
+    """What to tell of few equal answers. The run's own questions count, which come first, where there are any."""
+    own = equal[: len(equal) - drawn] or equal
+    if own.count(True) >= GOOD_AGREEMENT * len(own):
+        return None
+    whose = "of the run's own questions" if len(equal) > drawn else "questions about drawn pictures"
+    return (
+        f"{quantization} gives the merged model's very answer to {own.count(True)} of {len(own)} {whose}; try one with "
+        "more bits, or score it with --data"
+    )
 
 
 def _check_agreement(

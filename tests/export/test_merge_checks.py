@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mpa_edge.errors import ExportError, UnknownFamily
 from mpa_edge.export.merge import merge
-from mpa_edge.export.merge_checks import check_files, check_logits, check_tensors, logits_of, probe_of
+from mpa_edge.export.merge_checks import check_files, check_logits, check_tensors, logits_of, probe_of, refuse_quantized
 from mpa_edge.export.merge_trained import AdaptedModel, targeted_tensors
 from mpa_edge.export.merge_weights import load_model
 from tiny_checkpoints import change_tensor, edit_tensors
@@ -205,3 +205,16 @@ def test_an_unknown_family_is_named_before_the_merge(
     with pytest.raises(UnknownFamily, match="kosmos-2"):
         open_source(tmp_path / "run", None, lambda line: None)
     assert not (tmp_path / "run" / "merged").exists()
+
+
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_a_quantized_part_is_refused_and_an_empty_note_is_not(part: str | None, tmp_path: Path) -> None:
+    def write(settings: Any) -> None:
+        note = {"quantization_config": settings}
+        (tmp_path / "config.json").write_text(json.dumps({part: note} if part else note))
+
+    write({"quant_method": "awq"})
+    with pytest.raises(ExportError, match=r"is quantized \(awq\)"):
+        refuse_quantized(tmp_path)
+    write(None)
+    refuse_quantized(tmp_path)

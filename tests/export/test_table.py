@@ -12,6 +12,7 @@ import pytest
 
 from mpa_edge.errors import InputError
 from mpa_edge.export.families import FAMILIES
+from mpa_edge.export.onnx_readme import UNKNOWN_TO_JS
 from mpa_edge.export.quants import DEFAULTS, QUANTS, Format
 from mpa_edge.export.table import ABOUT, RUNS_ON, as_json, as_markdown, as_text, between_marks, families_table
 from mpa_edge.export.tolerance import TOLERANCE
@@ -53,8 +54,22 @@ def test_no_precision_is_promised_without_a_tolerance() -> None:
 
 def test_the_formats_of_a_family_have_converters_for_all_its_model_types() -> None:
     from mpa_edge.export.gguf_vision import CONVERTERS
+    from mpa_edge.export.onnx_vision import VISION_ENCODERS
+    from mpa_edge.export.openvino_vision import VISION_PARTS
 
+    for row in families_table():
+        converted = {
+            "gguf": set(row.model_types) <= set(CONVERTERS),
+            "onnx": row.family in VISION_ENCODERS,
+            "openvino": row.family in VISION_PARTS,
+            "hf": True,
+        }
+        assert set(row.formats) == {name for name, is_there in converted.items() if is_there}
     assert set(CONVERTERS) == {name for row in families_table() for name in row.model_types}
+
+
+def test_the_browser_is_promised_to_families_that_transformers_js_knows() -> None:
+    assert [row.family for row in families_table() if "transformers.js does not know" in row.notes] == [*UNKNOWN_TO_JS]
 
 
 def test_all_forms_say_the_same() -> None:

@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mpa_edge.digests import digest_of_folder
 from mpa_edge.errors import ExportError
 from mpa_edge.export.merged import Merged, open_source
 from mpa_edge.export.model_card import model_card
@@ -199,28 +200,39 @@ def test_every_family_answers_from_its_folder(name: str, request: pytest.Fixture
     assert not left
 
 
-def test_scores_come_from_a_report_of_this_very_student(run: Path, merged: Merged) -> None:
-    def entry(step: str, value: float) -> dict[str, Any]:
-        return {"name": step, "step": step, "failed": None, "accuracy": {"value": value, "ci95": [0.4, 0.9], "n": 60}}
+@pytest.mark.parametrize("measured", ["adapter", "merged"])
+def test_scores_come_from_a_report_of_this_very_student_wherever_it_lies(
+    measured: str, merged: Merged, tmp_path: Path
+) -> None:
+    def entry(step: str, value: float | None) -> dict[str, Any]:
+        accuracy = {"value": value, "ci95": value and [0.4, 0.9], "n": 60, "metric": "anls"}
+        return {"name": step, "step": step, "failed": None if value else "no", "accuracy": accuracy}
 
+    assert merged.run
+    # A copy, whose files are all younger than the report.
+    merged = replace(merged, run=Path(shutil.copytree(merged.run, tmp_path / "copy")))
     report = {
-        "created": "2030-01-01T00:00:00+00:00",
+        "created": "2020-01-01T00:00:00+00:00",
         "data": {"name": "test", "n": 60},
         "task": {"metric": "anls"},
-        "variants": [entry("student", 0.5), entry("aligned", 0.75), {"name": "x", "step": "full", "failed": "no"}],
+        "variants": [entry("student", 0.5), entry("aligned", 0.75), entry("full", None)],
     }
-    path = run / "report" / "report.json"
-    write_atomic(path, json.dumps(report))
-    try:
-        card = model_card(merged, {"samples": 3})
-        assert "| student | 50.0% | 40.0–90.0 |" in card
-        assert "| **aligned** (this model) | 75.0% |" in card
-        (result,) = metadata(card)["model-index"][0]["results"]
-        assert result["metrics"] == [{"type": "anls", "value": 0.75}]
-        write_atomic(path, json.dumps({**report, "created": "2000-01-01T00:00:00+00:00"}))
-        assert "Not measured" in model_card(merged, {"samples": 3})  # it was of an earlier student
-    finally:
-        shutil.rmtree(path.parent)
+    folder = tmp_path / "copy" / "report"
+    write_atomic(folder / "report.json", json.dumps(report))
+    assert "Not measured" in model_card(merged, {"samples": 3})  # nobody knows of whom it is
+    adapter = {"weights": "0" * 64, "adapter": merged.provenance.adapter_sha256}
+    whole = {"weights": digest_of_folder(merged.folder)}
+    told = folder / "raw" / "aligned-0123456789" / "measured.json"
+    write_atomic(told, json.dumps({"describe": adapter if measured == "adapter" else whole}))
+    card = model_card(merged, {"samples": 3})
+    assert "| student | 50.0% | 40.0–90.0 |" in card
+    assert "| **aligned** (this model) | 75.0% |" in card
+    (result,) = metadata(card)["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "anls", "value": 0.75}]
+    write_atomic(told, json.dumps({"describe": {"weights": "0" * 64, "adapter": "1" * 64}}))
+    assert "Not measured" in model_card(merged, {"samples": 3})  # it was of another student
+    write_atomic(folder / "report.json", "{}")
+    assert "Not measured" in model_card(merged, {"samples": 3})
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,19 @@ def test_four_bits_may_differ_but_not_be_garbage(folder: Path, manifest: Bundle,
         outcome(folder, four, wrong_answers(reference, 6))
 
 
+def test_few_equal_answers_of_a_small_bundle_are_told(folder: Path, manifest: Bundle, reference: Reference) -> None:
+    four = manifest.model_copy(update={"quantization": "q4_k_m"})
+    assert "warning" not in outcome(folder, four, wrong_answers(reference, 1))
+    assert outcome(folder, four, wrong_answers(reference, 2))["warning"].startswith(
+        "q4_k_m gives the merged model's very answer to 4 of 6 of the run's own questions"
+    )
+    # Drawn ones come last, and count where there are no others.
+    some_drawn = replace(wrong_answers(reference, 2), drawn=3)
+    assert "to 1 of 3 of the run's own" in outcome(folder, four, some_drawn)["warning"]
+    all_drawn = replace(wrong_answers(reference, 2), drawn=6)
+    assert "to 4 of 6 questions about drawn pictures" in outcome(folder, four, all_drawn)["warning"]
+
+
 def test_logits_that_are_no_numbers_are_refused(
     folder: Path, manifest: Bundle, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
