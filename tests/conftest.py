@@ -88,30 +88,16 @@ def openvino_bundle(
     root = tmp_path_factory.mktemp("openvino")
 
     def make(model: Path, quant: str) -> Path:
-        from mpa_edge.bundle import Bundle, Source, write_bundle
-        from mpa_edge.export.families import family_of, prompt_settings, read_config
+        from mpa_edge.bundle import write_bundle
         from mpa_edge.export.to_openvino import to_openvino
-        from mpa_edge.processors import load_processor
+        from tiny_bundles import manifest_of
 
         folder = root / f"{model.name}-{quant}"
         if folder.exists():
             return folder
         folder.mkdir()
         files, checks = to_openvino(model, folder, quant, graphs=openvino_graphs(model))
-        config, processor = read_config(model), load_processor(model)
-        family = family_of(config)
-        bundle = Bundle(
-            name=folder.name,
-            family=family.name,
-            engine="openvino",
-            quantization=quant,
-            files=tuple(files),
-            image=family.image_settings(config, processor),
-            prompt=prompt_settings(config, processor, "{question}", 12),
-            source=Source(student=model.name, tool_version="0"),
-            checks={"openvino": checks},
-        )
-        write_bundle(folder, bundle)
+        write_bundle(folder, manifest_of(model, "openvino", quant, files, checks={"openvino": checks}))
         return folder
 
     return make
@@ -136,6 +122,14 @@ def picture() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Picture files by what is special in them: see `save_every_kind`."""
+    from tiny_pictures import save_every_kind
+
+    return save_every_kind(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
 def gguf_bundle() -> Callable[..., Any]:
     """`gguf_bundle(model, folder, quant, name=…, template=…, tokens=…)` converts a model into `folder` and returns its
     manifest, without the checks that an export makes; it is not written."""
@@ -143,24 +137,11 @@ def gguf_bundle() -> Callable[..., Any]:
     def make(
         model: Path, folder: Path, quant: str = "f16", *, name: str = "tiny", template: str = "{question}", tokens: int
     ) -> Any:
-        from mpa_edge.bundle import Bundle, Source
-        from mpa_edge.export.families import family_of, prompt_settings, read_config
         from mpa_edge.export.merged import Names
         from mpa_edge.export.to_gguf import to_gguf
-        from mpa_edge.processors import load_processor
+        from tiny_bundles import manifest_of
 
         files, _ = to_gguf(model, {quant: folder}, Names(name))[quant]
-        config, processor = read_config(model), load_processor(model)
-        family = family_of(config)
-        return Bundle(
-            name=f"{name}-{quant}",
-            family=family.name,
-            engine="llama.cpp",
-            quantization=quant,
-            files=tuple(files),
-            image=family.image_settings(config, processor),
-            prompt=prompt_settings(config, processor, template, tokens),
-            source=Source(student=name, tool_version="0"),
-        )
+        return manifest_of(model, "llama.cpp", quant, files, name=f"{name}-{quant}", template=template, tokens=tokens)
 
     return make

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpa_edge.bundle import Bundle, File, Source, sha256_of
-from mpa_edge.export.families import family_of, prompt_settings, read_config
-from mpa_edge.export.gguf_readme import gguf_commands, write_modelfile
-from mpa_edge.processors import load_processor
+from mpa_edge.bundle import Bundle, File, sha256_of
+from mpa_edge.export.build import _warnings
+from mpa_edge.export.gguf_readme import gguf_commands, tokenizer_warning, write_modelfile
+from tiny_bundles import manifest_of
 
 WORDING = "{question}\nAnswer briefly."
 
@@ -22,20 +23,11 @@ def bundle_of(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
 
     def make(fixture: str) -> tuple[Path, Bundle]:
         model: Path = request.getfixturevalue(fixture)
-        config, processor = read_config(model), load_processor(model)
-        family = family_of(config)
         (tmp_path / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
         pair = (("signs-Q8_0.gguf", "language_model"), ("mmproj-signs-F16.gguf", "mmproj"))
-        return tmp_path, Bundle(
-            name="Shop signs-gguf-q8_0",
-            family=family.name,
-            engine="llama.cpp",
-            quantization="q8_0",
-            files=tuple(File(path=path, role=role, sha256="0" * 64, bytes=1) for path, role in pair),
-            image=family.image_settings(config, processor),
-            prompt=prompt_settings(config, processor, WORDING, 10),
-            source=Source(student="tiny", tool_version="0"),
-        )
+        files = [File(path=path, role=role, sha256="0" * 64, bytes=1) for path, role in pair]
+        how = {"name": "Shop signs-gguf-q8_0", "template": WORDING, "tokens": 10}
+        return tmp_path, manifest_of(model, "llama.cpp", "q8_0", files, **how)
 
     return make
 
@@ -67,6 +59,56 @@ def test_the_modelfile_stops_where_the_model_does(bundle_of: Any) -> None:
     folder, bundle = bundle_of("tiny_internvl")
     write_modelfile(folder, bundle)
     assert (folder / "Modelfile").read_text().endswith('PARAMETER stop "<|im_end|>"\n')
+
+
+def test_a_stop_that_the_tokenizer_has_no_text_for_is_left_out(bundle_of: Any) -> None:
+    folder, bundle = bundle_of("tiny_internvl")
+    prompt = bundle.prompt.model_copy(update={"stop_token_ids": (*bundle.prompt.stop_token_ids, 10**6)})
+    write_modelfile(folder, bundle.model_copy(update={"prompt": prompt}))
+    stops = [line for line in (folder / "Modelfile").read_text().splitlines() if line.startswith("PARAMETER stop")]
+    assert stops == ['PARAMETER stop "<|im_end|>"']
+
+
+def with_prompt(bundle: Bundle, template: str) -> Bundle:
+    chat = "{% for message in messages %}" + template + "{{ message.content[1].text }}{% endfor %}"
+    return bundle.model_copy(update={"prompt": bundle.prompt.model_copy(update={"chat_template": chat})})
+
+
+def test_braces_in_a_prompt_are_no_action_of_ollamas_template(bundle_of: Any) -> None:
+    folder, bundle = bundle_of("tiny_internvl")
+    write_modelfile(folder, with_prompt(bundle, """{{ 'a {{b}} "c" {' }}"""))
+    text = (folder / "Modelfile").read_text()
+    assert 'TEMPLATE """a {{ "{{" }}b}} "c" {{ "{" }}{{ .Prompt }}\nAnswer briefly."""\n' in text
+
+
+def test_stops_with_quotes_and_lines_stay_whole(bundle_of: Any) -> None:
+    folder, bundle = bundle_of("tiny_internvl")
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<|im_end|>"', json.dumps('say "x"\ny')))
+    write_modelfile(folder, bundle)
+    assert (folder / "Modelfile").read_text().endswith('PARAMETER stop """say "x"\ny"""\n')
+
+
+def test_a_prompt_that_cannot_be_written_makes_no_modelfile_and_the_readme_says_so(bundle_of: Any) -> None:
+    folder, bundle = bundle_of("tiny_internvl")
+    bundle = with_prompt(bundle, 'say """{{ \':\' }}')
+    assert write_modelfile(folder, bundle) is None
+    assert not (folder / "Modelfile").exists()
+    text = gguf_commands(bundle, modelfile=False)
+    assert "There is no Modelfile for Ollama" in text
+    assert "ollama create" not in text
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_follow_is_told(bundle_of: Any) -> None:
+    _, bundle = bundle_of("tiny_internvl")
+    assert tokenizer_warning(bundle.model_copy(update={"checks": {"gguf": {"tokenizer_agreement": 1.0}}})) is None
+    assert "Mind" not in gguf_commands(bundle)
+    other = bundle.model_copy(update={"checks": {"gguf": {"tokenizer_agreement": 0.75}}})
+    assert "agrees with the model's on 75%" in gguf_commands(other)
+    assert _warnings(other.model_copy(update={"checks": {**other.checks, "verify": {"warning": "few"}}})) == [
+        "gguf-q8_0: few",
+        f"gguf-q8_0: {tokenizer_warning(other)}",
+    ]
 
 
 def test_the_readme_has_commands_for_every_program(bundle_of: Any) -> None:

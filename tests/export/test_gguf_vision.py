@@ -15,15 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpa_edge.bundle import Bundle, Source
 from mpa_edge.errors import ExportError
-from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.export.gguf_vision import check_vision, feature_layers
 from mpa_edge.export.merged import Names
 from mpa_edge.export.to_gguf import to_gguf
 from mpa_edge.processors import load_processor
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.families import family_of_bundle
+from tiny_bundles import manifest_of
 
 MODELS = ["tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_llava", "tiny_llava_siglip", "tiny_internvl"]
 # The mmproj's error as a fraction of the features' deviation. In float32 the pixels still enter as half precision and
@@ -39,18 +38,7 @@ def model(request: pytest.FixtureRequest) -> Path:
 
 def features_of(model: Path, folder: Path, quant: str, made: Any, image: Any) -> Any:
     """The picture's features by llama.cpp."""
-    config, processor = read_config(model), load_processor(model)
-    family = family_of(config)
-    bundle = Bundle(
-        name="tiny",
-        family=family.name,
-        engine="llama.cpp",
-        quantization=quant,
-        files=tuple(made[quant][0]),
-        image=family.image_settings(config, processor),
-        prompt=prompt_settings(config, processor, "{question}", 4),
-        source=Source(student="tiny", tool_version="0"),
-    )
+    bundle = manifest_of(model, "llama.cpp", quant, made[quant][0])
     with open_bundle(folder, bundle, threads=1) as vlm:
         return vlm._engine.encode(family_of_bundle(bundle).cut(image, bundle.image))
 

@@ -6,7 +6,8 @@ two at a time, with short and long questions. Errors are given as a fraction of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from mpa_edge.bundle import Bundle, Source
-from mpa_edge.export.families import FAMILIES, family_of, prompt_settings, read_config
+from mpa_edge.export.families import FAMILIES
 from mpa_edge.export.merged import Names
 from mpa_edge.export.quants import QUANTS
 from mpa_edge.export.tolerance import TOLERANCE, logit_error
 from mpa_edge.processors import load_processor
 from mpa_edge.runtime import BundleVlm, open_bundle
+from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Decoding
+from tiny_bundles import manifest_of
+from tiny_pictures import upright_rgb
 
 MODELS = ["tiny_idefics3", "tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_llava", "tiny_llava_siglip", "tiny_internvl"]
 FORMATS = {"gguf": "llama.cpp", "onnx": "onnxruntime", "openvino": "openvino"}
@@ -37,14 +40,13 @@ ASKED = [
     ([(31, 390)], ""),
     ([(150, 40), (64, 100)], "Which is larger?"),
 ]
-MODES = ("L", "RGBA", "P")
 
 
 class Original:
     """A model in transformers, asked through its own processor."""
 
-    def __init__(self, folder: Path, make_picture: Any) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, make_picture: Any, files: Iterable[Path]) -> None:
+        self.folder, self.files = folder, files
         self.processor = load_processor(folder)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.asked = [
@@ -52,7 +54,16 @@ class Original:
         ]
         self.logits = [self._logits(images, text) for images, text in self.asked]
 
-    def tokens(self, images: Sequence[Image.Image], text: str) -> list[int]:
+    @cached_property
+    def of_files(self) -> dict[Path, Any]:
+        """Logits of each file, turned and made RGB without our runtime."""
+        return {file: self._logits([upright_rgb(file)], "What is it?") for file in self.files}
+
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        return [self._tokens(images, text) for images, text in self.asked]
+
+    def _tokens(self, images: Sequence[Image.Image], text: str) -> list[int]:
         inputs = self._inputs(images, text)
         with torch.inference_mode():
             found = self.model.generate(**inputs, max_new_tokens=10, do_sample=False)
@@ -77,18 +88,7 @@ class Exported:
         self._made = self._convert(graphs)
 
     def open(self, quant: str) -> BundleVlm:
-        config = read_config(self.original.folder)
-        family = family_of(config)
-        bundle = Bundle(
-            name=self.root.name,
-            family=family.name,
-            engine=FORMATS[self.format],
-            quantization=quant,
-            files=tuple(self._made[quant][0]),
-            image=family.image_settings(config, self.original.processor),
-            prompt=prompt_settings(config, self.original.processor, "{question}", 10),
-            source=Source(student=self.root.name, tool_version="0"),
-        )
+        bundle = manifest_of(self.original.folder, FORMATS[self.format], quant, self._made[quant][0])
         return open_bundle(self.root / quant, bundle, threads=1)
 
     def _convert(self, graphs: Path) -> dict[str, Any]:
@@ -110,8 +110,8 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def original(request: pytest.FixtureRequest, picture: Any) -> Original:
-    return Original(request.getfixturevalue(request.param), picture)
+def original(request: pytest.FixtureRequest, picture: Any, every_kind: dict[str, Path]) -> Original:
+    return Original(request.getfixturevalue(request.param), picture, every_kind.values())
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -134,22 +134,18 @@ def test_logits_at_every_position(exported: Exported) -> None:
 
 def test_greedy_tokens(exported: Exported) -> None:
     with exported.open(FULL[exported.format]) as vlm:
-        for images, text in exported.original.asked:
-            wanted = exported.original.tokens(images, text)
+        for (images, text), wanted in zip(exported.original.asked, exported.original.tokens, strict=True):
             answer = vlm.ask(images, text, Decoding(max_new_tokens=10))
             assert list(answer.tokens) == [token for token in wanted if token not in vlm.bundle.prompt.stop_token_ids]
 
 
-def test_every_kind_of_picture(exported: Exported, picture: Any) -> None:
-    """Grey, transparent and palette pictures go the runtime's own way to RGB; transformers gets them as RGB."""
-    from mpa_edge.runtime.images import open_image
-
+def test_every_kind_of_picture(exported: Exported) -> None:
+    """Files that are grey, transparent, of a palette or lie on their side: the runtime opens them by itself."""
     allowed = TOLERANCE[FORMATS[exported.format]][FULL[exported.format]]
     with exported.open(FULL[exported.format]) as vlm:
-        for mode in MODES:
-            image = open_image(picture(90, 120).convert(mode))
-            wanted = exported.original._logits([image], "What is it?")
-            assert logit_error(vlm.logits([image], "What is it?"), wanted) <= allowed
+        found = {file: vlm.logits([open_image(file)], "What is it?") for file in exported.original.files}
+    errors = {file.name: logit_error(found[file], wanted) for file, wanted in exported.original.of_files.items()}
+    assert errors == {name: pytest.approx(0, abs=allowed) for name in errors}
 
 
 def test_every_family_is_here() -> None:

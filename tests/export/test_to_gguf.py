@@ -15,17 +15,17 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from mpa_edge.bundle import Bundle, File, Source
+from mpa_edge.bundle import File
 from mpa_edge.errors import ExportError, InputError
-from mpa_edge.export.families import family_of, prompt_settings, read_config
+from mpa_edge.export.families import FAMILIES
 from mpa_edge.export.gguf_tokenizer import SAMPLE_TEXTS, pre_tokenizer_name
 from mpa_edge.export.merged import Names
 from mpa_edge.export.to_gguf import to_gguf
 from mpa_edge.export.tolerance import TOLERANCE, logit_error
-from mpa_edge.processors import load_processor
 from mpa_edge.runtime import open_bundle
 from mpa_edge.transformers_vlm import TransformersVlm
-from tiny_models import make_idefics3
+from tiny_bundles import manifest_of
+from tiny_models import make_idefics3, make_internvl, make_llava, make_qwen2_5_vl, make_qwen2_vl
 
 Made = dict[str, tuple[list[File], dict[str, Any]]]
 
@@ -39,21 +39,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(tiny_idefics3: Path, root: Path) -> Made:
     return to_gguf(
         tiny_idefics3, {quant: root / quant for quant in ("f16", "q8_0", "q4_k_m")}, Names("acme/Tiny-VLM", "signs")
-    )
-
-
-def manifest_of(model: Path, engine: Any, quant: str, files: list[File]) -> Bundle:
-    config, processor = read_config(model), load_processor(model)
-    family = family_of(config)
-    return Bundle(
-        name="wide",
-        family=family.name,
-        engine=engine,
-        quantization=quant,
-        files=tuple(files),
-        image=family.image_settings(config, processor),
-        prompt=prompt_settings(config, processor, "{question}", 8),
-        source=Source(student="wide", tool_version="0"),
     )
 
 
@@ -113,9 +98,19 @@ def test_rows_that_a_k_quant_cannot_take_are_told(made: Made) -> None:
     assert sizes["q4_k_m"] < sizes["q8_0"] < sizes["f16"]
 
 
-def test_k_quants_take_rows_of_whole_blocks(tmp_path: Path, picture: Any) -> None:
+WIDE = {
+    "idefics3": make_idefics3,
+    "qwen2_vl": make_qwen2_vl,
+    "qwen2_5_vl": make_qwen2_5_vl,
+    "llava": make_llava,
+    "internvl": make_internvl,
+}
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_k_quants_take_rows_of_whole_blocks(family: str, tmp_path: Path, picture: Any) -> None:
     """What the families' parity cannot see: their text models are too narrow for blocks of 256."""
-    model = make_idefics3(tmp_path / "wide", width=256)
+    model = WIDE[family](tmp_path / "wide", width=256)
     quants = ("q6_k", "q5_k_m", "q4_k_m", "q4_k_s")
     files = to_gguf(model, {quant: tmp_path / quant for quant in quants}, Names("wide"))
     reference, image = TransformersVlm.load(str(model), device="cpu", dtype="float32"), picture(190, 60)

@@ -1,6 +1,6 @@
 """Small randomly initialised models of every family, with the files of their processors, and what else tests make.
 
-Each maker writes a model folder as a hub has it and returns the folder.
+Each maker writes a model folder as a hub has it and returns the folder; `width` is the text model's.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def make_idefics3(
     folder: Path, *, split: bool = True, longest_edge: int = 192, tied: bool = True, seed: int = 0, width: int = 64
 ) -> Path:
-    """SmolVLM's architecture: tiles of 64 pixels, 16 image tokens each; `width` is the text model's."""
+    """SmolVLM's architecture: tiles of 64 pixels, 16 image tokens each."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -85,16 +85,14 @@ def make_idefics3(
         },
         text_config={
             "model_type": "llama",
-            **_text_config(tokenizer),
-            "hidden_size": width,
-            "intermediate_size": 2 * width,
+            **_text_config(tokenizer, width),
             "tie_word_embeddings": tied,
         },
     )
     return _save(folder, Idefics3ForConditionalGeneration, config, processor, tokenizer, seed)
 
 
-def make_qwen2_vl(folder: Path, *, seed: int = 0) -> Path:
+def make_qwen2_vl(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
     """Patches of 8 pixels, 4 to 36 image tokens of 16 x 16 pixels, positions in three axes."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
@@ -105,18 +103,18 @@ def make_qwen2_vl(folder: Path, *, seed: int = 0) -> Path:
         vision_config={
             "depth": 2,
             "embed_dim": 32,
-            "hidden_size": 64,
+            "hidden_size": width,
             "num_heads": 2,
             "mlp_ratio": 2,
             "patch_size": 8,
         },
-        text_config={**_text_config(tokenizer), "rope_parameters": _mrope()},
+        text_config={**_text_config(tokenizer, width), "rope_parameters": _mrope(width)},
     )
     processor = _qwen_processor(Qwen2VLProcessor, tokenizer, patch=8, most=36)
     return _save(folder, Qwen2VLForConditionalGeneration, config, processor, tokenizer, seed)
 
 
-def make_qwen2_5_vl(folder: Path, *, seed: int = 0) -> Path:
+def make_qwen2_5_vl(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
     """Patches of 14 pixels, 4 to 48 image tokens; windows of 4 x 4 tokens in every layer but the second and fourth.
 
     Patch and window are the real model's: llama.cpp takes a window of 112 pixels for granted.
@@ -132,18 +130,18 @@ def make_qwen2_5_vl(folder: Path, *, seed: int = 0) -> Path:
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
-            "out_hidden_size": 64,
+            "out_hidden_size": width,
             "patch_size": 14,
             "window_size": 112,
             "fullatt_block_indexes": [1, 3],
         },
-        text_config={**_text_config(tokenizer), "rope_parameters": _mrope()},
+        text_config={**_text_config(tokenizer, width), "rope_parameters": _mrope(width)},
     )
     processor = _qwen_processor(Qwen2_5_VLProcessor, tokenizer, patch=14, most=48)
     return _save(folder, Qwen2_5_VLForConditionalGeneration, config, processor, tokenizer, seed)
 
 
-def make_llava(folder: Path, *, tower: str = "clip", seed: int = 0) -> Path:
+def make_llava(folder: Path, *, tower: str = "clip", seed: int = 0, width: int = 64) -> Path:
     """LLaVA-1.5's architecture with a CLIP tower (shortest edge, centre crop; 16 image tokens of 14 x 14 pixels), or
     TinyLLaVA's with a SigLIP one (`tower="siglip"`: squeezed to a square, all of the tower's tokens)."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -182,12 +180,12 @@ def make_llava(folder: Path, *, tower: str = "clip", seed: int = 0) -> Path:
             "patch_size": 14,
             **({"projection_dim": 32} if clip else {"vision_use_head": False}),
         },
-        text_config={"model_type": "llama", **_text_config(tokenizer), "tie_word_embeddings": False},
+        text_config={"model_type": "llama", **_text_config(tokenizer, width), "tie_word_embeddings": False},
     )
     return _save(folder, LlavaForConditionalGeneration, config, processor, tokenizer, seed)
 
 
-def make_internvl(folder: Path, *, seed: int = 0) -> Path:
+def make_internvl(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
     """InternVL3's architecture: up to 6 tiles of 64 pixels and a thumbnail, 16 image tokens each."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -224,7 +222,7 @@ def make_internvl(folder: Path, *, seed: int = 0) -> Path:
             "image_size": [64, 64],
             "patch_size": [8, 8],
         },
-        text_config={"model_type": "qwen2", **_text_config(tokenizer), "tie_word_embeddings": False},
+        text_config={"model_type": "qwen2", **_text_config(tokenizer, width), "tie_word_embeddings": False},
     )
     return _save(folder, InternVLForConditionalGeneration, config, processor, tokenizer, seed)
 
@@ -267,14 +265,16 @@ def make_picture(width: int, height: int, seed: int = 0) -> Any:
     return image
 
 
-def _text_config(tokenizer: Any) -> dict[str, Any]:
+def _text_config(tokenizer: Any, width: int) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        # What a layer does to its input grows with the root of its width; so do the errors of its weights.
+        "initializer_range": 0.02 * (64 / width) ** 0.5,
         "max_position_embeddings": 1024,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -282,8 +282,9 @@ def _text_config(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _mrope() -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+def _mrope(width: int) -> dict[str, Any]:
+    sections = [part * width // 64 for part in (2, 3, 3)]
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
 
 
 def _qwen_token_ids(tokenizer: Any) -> dict[str, int]:
@@ -317,7 +318,7 @@ def _save(folder: Path, kind: Any, config: Any, processor: Any, tokenizer: Any, 
     with torch.no_grad():
         # The usual initialisation (0.02) gives nearly flat logits; spread them so that an argmax means something.
         for parameter in model.parameters():
-            if parameter.ndim > 1 and 0.01 < parameter.std() < 0.1:
+            if parameter.ndim > 1 and 0.005 < parameter.std() < 0.1:
                 parameter.mul_(4)
             elif parameter.ndim > 1:  # zeros, which hide a lost position, or so large that a softmax takes one of all
                 parameter.normal_(0, 0.08)

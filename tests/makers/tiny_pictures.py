@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MODES = ("RGBA", "L", "LA", "P")
 # Width and height: below one tile, about one, many, very wide, very tall, one pixel.
@@ -32,3 +32,29 @@ def save_turned(path: Path, size: tuple[int, int]) -> Image.Image:
     exif[0x0112] = 6
     lying.save(path, exif=exif)
     return lying.transpose(Image.Transpose.ROTATE_270)
+
+
+def save_every_kind(folder: Path, size: tuple[int, int] = (90, 120)) -> dict[str, Path]:
+    """Files that a decoder can get wrong: each colour mode, a palette with holes, 16 bits, and one that lies on its
+    side."""
+    files = {name: folder / f"{name}.png" for name in (*MODES, "P with transparency", "16 bits")}
+    for mode in MODES:
+        noise(mode, size).save(files[mode])
+    noise("P", size).save(files["P with transparency"], transparency=bytes(range(256)))
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 1 << 16, size[::-1], dtype=np.uint16)).save(files["16 bits"])
+    files["turned"] = folder / "turned.jpg"
+    save_turned(files["turned"], size)
+    return files
+
+
+def upright_rgb(file: Path) -> Image.Image:
+    """What a model should see of such a file, without the runtime: Pillow turns it, white is laid under by hand."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode not in ("LA", "RGBA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    pixels = np.asarray(image.convert("RGBA")) / 255
+    colours, opacity = pixels[..., :3], pixels[..., 3:]
+    return Image.fromarray(np.floor((colours * opacity + 1 - opacity) * 255 + 0.5).astype(np.uint8))

@@ -19,12 +19,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from mpa_edge.bundle import Bundle, Source, write_bundle
-from mpa_edge.export.families import family_of, prompt_settings, read_config
+from mpa_edge.bundle import write_bundle
 from mpa_edge.export.to_onnx import to_onnx
-from mpa_edge.processors import load_processor
 from mpa_edge.runtime import BundleVlm, load
 from mpa_edge.runtime.images import open_image
+from tiny_bundles import manifest_of
 from tiny_pictures import noise, save_turned
 
 HERE = Path(__file__).parent
@@ -84,18 +83,7 @@ def ask_ours(vlm: BundleVlm, path: Path) -> Said:
 
 def make_bundle(model: Path, folder: Path, quant: str, graphs: Path) -> Path:
     files, _ = to_onnx(model, folder, quant, graphs=graphs)
-    config, processor = read_config(model), load_processor(model)
-    family = family_of(config)
-    bundle = Bundle(
-        name=folder.name,
-        family=family.name,
-        engine="onnxruntime",
-        quantization=quant,
-        files=tuple(files),
-        image=family.image_settings(config, processor),
-        prompt=prompt_settings(config, processor, "{question} Answer briefly.", 8),
-        source=Source(student=model.name, tool_version="test"),
-    )
+    bundle = manifest_of(model, "onnxruntime", quant, files, template="{question} Answer briefly.", tokens=8)
     write_bundle(folder, bundle)
     return folder
 

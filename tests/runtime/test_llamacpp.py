@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mpa_edge.bundle import Bundle, Source
 from mpa_edge.errors import BundleError, ModelError
-from mpa_edge.export.families import family_of, prompt_settings, read_config
 from mpa_edge.export.merged import Names
 from mpa_edge.export.to_gguf import to_gguf
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.vlm import Decoding
 from mpa_edge.transformers_vlm import TransformersVlm
+from tiny_bundles import manifest_of
 
 ONE_TILE, WIDE, NINE_TILES = (64, 64), (192, 64), (190, 190)
 QUESTION = "What does the sign say?"
@@ -32,21 +31,8 @@ class Pair:
     def __init__(self, model: Path, root: Path, quants: list[str]) -> None:
         self.reference = TransformersVlm.load(str(model), device="cpu", dtype="float32")
         self.root = root
-        config, family = read_config(model), family_of(read_config(model))
         made = to_gguf(model, {quant: root / quant for quant in quants}, Names("tiny"))
-        self.manifests = {
-            quant: Bundle(
-                name=quant,
-                family=family.name,
-                engine="llama.cpp",
-                quantization=quant,
-                files=tuple(files),
-                image=family.image_settings(config, self.reference.processor),
-                prompt=prompt_settings(config, self.reference.processor, "{question}", 12),
-                source=Source(student="tiny", tool_version="0"),
-            )
-            for quant, (files, _) in made.items()
-        }
+        self.manifests = {quant: manifest_of(model, "llama.cpp", quant, files) for quant, (files, _) in made.items()}
 
     def open(self, quant: str) -> BundleVlm:
         return open_bundle(self.root / quant, self.manifests[quant], threads=1)
