@@ -180,6 +180,33 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "bad digest": (lambda c: c["files"][0].update(sha256="0"), r"files\.0\.sha256"),
     "negative size": (lambda c: c["files"][0].update(bytes=-1), r"files\.0\.bytes"),
     "unknown role": (lambda c: c["files"][0].update(role="virus"), r"files\.0\.role"),
+    "tiny tile": (lambda c: c["image"].update(tile_size=1), r"image\.idefics3\.tile_size"),
+    "std of nothing": (lambda c: c["image"].update(std=[0, 0, 0]), r"image\.idefics3\.std\.0"),
+    "endless factor": (lambda c: c["image"].update(rescale_factor=float("inf")), r"image\.idefics3\.rescale_factor"),
+    "endless context": (lambda c: c["prompt"].update(context_length=2**40), r"prompt\.context_length"),
+    "no context": (lambda c: c["prompt"].update(context_length=1), r"prompt\.context_length"),
+    "endless answer": (lambda c: c["prompt"].update(max_new_tokens=10**12), r"prompt\.max_new_tokens"),
+    "no place for a question": (lambda c: c["prompt"].update(question_template="Q"), r"prompt\.question_template"),
+    "negative token": (lambda c: c["prompt"].update(begin_token_ids=[-1]), r"prompt\.begin_token_ids\.0"),
+    "token beyond int32": (lambda c: c["prompt"].update(stop_token_ids=[2**31]), r"prompt\.stop_token_ids\.0"),
+    "endless template": (lambda c: c["prompt"].update(chat_template="x" * 2**18), r"prompt\.chat_template"),
+    "name for a terminal": (lambda c: c.update(name="evil\x1b[31m\nfake line"), "name: "),
+    "quantization for a terminal": (lambda c: c.update(quantization="q8\r"), "quantization: "),
+    "student for a terminal": (lambda c: c["source"].update(student="a\nb"), r"source\.student"),
+}
+# What a JSON schema cannot say.
+UNSAID: dict[str, tuple[Damage, str]] = {
+    "mean that is no number": (lambda c: c["image"].update(mean=[float("nan")] * 3), r"image\.idefics3\.mean\.0"),
+    "a question put twice": (
+        lambda c: c["prompt"].update(question_template="{question} {question}"),
+        r"prompt: .*must hold \{question\} once",
+    ),
+    "an answer beyond the context": (
+        lambda c: c["prompt"].update(max_new_tokens=65),
+        "prompt: .*max_new_tokens 65 exceeds context_length 64",
+    ),
+    "name that turns the line around": (lambda c: c.update(name="a\u202eb"), "name: .*cannot be printed"),
+    "path that turns the line around": (lambda c: c["files"][0].update(path="a\u202eb"), r"files\.0\.path: .*printed"),
 }
 
 
@@ -189,6 +216,42 @@ def test_a_damaged_manifest_is_refused(name: str, folder: Path, schema: Draft202
     content = rewrite(folder, damage)
     refused(folder, f"{MANIFEST}: {reason}")
     assert not schema.is_valid(content)
+
+
+@pytest.mark.parametrize("name", sorted(UNSAID))
+def test_what_the_schema_cannot_say_is_refused_too(name: str, folder: Path) -> None:
+    damage, reason = UNSAID[name]
+    rewrite(folder, damage)
+    refused(folder, f"{MANIFEST}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("engine", "listed", "beside"),
+    [
+        ("onnxruntime", "decoder.onnx", "decoder.onnx_data"),
+        ("openvino", "language_model.xml", "language_model.bin"),
+        ("llama.cpp", "model-00001-of-00002.gguf", "model-00002-of-00002.gguf"),
+    ],
+)
+def test_weights_that_an_engine_would_load_unnamed_are_refused(
+    engine: Any, listed: str, beside: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "b"
+    bundle = make(folder, engine=engine)
+    (folder / bundle.files[0].path).rename(folder / "sub" / listed)
+    rewrite(folder, other_path(f"sub/{listed}"))
+    (folder / "sub" / "stranger.bin").write_text("no engine looks for it")
+    read_bundle(folder)
+    (folder / "sub" / beside).write_text("other weights")
+    refused(folder, f"{beside}: the engine would load it, but the manifest does not name it")
+    named = describe_file(folder, f"sub/{beside}", "external_data").model_dump()
+    rewrite(folder, lambda content: content["files"].append(named))
+    read_bundle(folder)
+
+
+def test_a_gigantic_manifest_is_not_read_to_its_end(folder: Path) -> None:
+    rewrite(folder, lambda content: content.update(checks={"x": "y" * (4 << 20)}))
+    refused(folder, "is no manifest of mpa-edge, it takes more than 4194304 bytes")
 
 
 @pytest.mark.parametrize(

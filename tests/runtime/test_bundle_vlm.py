@@ -391,3 +391,30 @@ def test_a_containers_quota_bounds_the_threads(content: str, cores: int | None, 
     (tmp_path / "cpu.max").write_text(content)
     assert _quota(tmp_path / "cpu.max") == cores
     assert _quota(tmp_path / "gone") is None
+
+
+def with_tile_tokens(manifest: Bundle, tokens: int) -> Bundle:
+    return manifest.model_copy(update={"image": manifest.image.model_copy(update={"tokens_per_tile": tokens})})
+
+
+def test_pictures_beyond_the_context_are_not_even_written_out(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image
+) -> None:
+    vlm = scripted(with_tile_tokens(manifest, 65536), tokenizer, "red")
+    reason = r"takes more than the 1024 tokens \(65536 of them image tokens\)"
+    with pytest.raises(InputError, match=reason):
+        vlm.ask(image, "?")
+    with pytest.raises(InputError, match=reason):
+        vlm.look(image)
+    assert vlm._engine.encoded == 0
+
+
+def test_features_must_be_as_many_as_the_manifest_says(
+    manifest: Bundle, tokenizer: Tokenizer, image: Image.Image, picture: Any
+) -> None:
+    """Whatever the engine: the script gives 16 for a tile."""
+    vlm = scripted(with_tile_tokens(manifest, 8), tokenizer, "red")
+    with pytest.raises(BundleError, match="gives 16 image features where 8 are needed; it does not belong"):
+        vlm.ask(picture(40, 30), "?")
+    with pytest.raises(InputError, match=r"gives 16 image features where 8 are needed; .* taken for padding"):
+        vlm.ask(image, "?")

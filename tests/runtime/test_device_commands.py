@@ -133,6 +133,63 @@ def test_inspect_tells_a_bundle_in_words(folder: Path) -> None:
     assert "checksums of all 4 files" in told
 
 
+def test_costs_of_absurd_settings_take_no_time(folder: Path, served: tuple[Path, Bundle]) -> None:
+    """Image tokens are counted before they are written out: a gigabyte of them here."""
+    bundle = served[1]
+    image = bundle.image.model_copy(
+        update={"split": True, "tile_size": 32, "longest_edge": 4096, "tokens_per_tile": 65536}
+    )
+    prompt = bundle.prompt.model_copy(update={"context_length": 65536})
+    found = inspect.costs(folder, bundle.model_copy(update={"image": image, "prompt": prompt}))
+    assert [(cost.image_tokens, cost.prompt_tokens, cost.fits) for cost in found[:1]] == [(65536, None, False)]
+    assert {cost.size for cost in found} == {"longest edge 32"}
+    thin = image.model_copy(update={"tokens_per_tile": 1})
+    sizes = {cost.size for cost in inspect.costs(folder, bundle.model_copy(update={"image": thin}))}
+    assert {"longest edge 32", "longest edge 96"} <= sizes
+    assert "longest edge 64" not in sizes
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [
+        {"verify": [1], "road": "x"},
+        {"verify": {"token_agreement": "x", "samples": 4}, "road": {"steps": 1}},
+        {"verify": {"token_agreement": 7.0, "samples": 4}},
+        {"road": {"metric": "anls\nfake", "data": {"n": 1, "name": "x"}, "steps": []}},
+        {"road": {"metric": "anls", "data": {"n": 1, "name": "\x1b[31mfake"}, "steps": []}},
+        {"road": {"metric": "anls", "data": {"n": 1, "name": "fake"}, "steps": [{"name": "b", "step": "base"}]}},
+    ],
+)
+def test_inspect_leaves_out_what_it_cannot_read(folder: Path, checks: dict[str, Any]) -> None:
+    write_bundle(folder, read_bundle(folder).model_copy(update={"checks": checks}))
+    result = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert result.exit_code == 0
+    assert "checksums of all" in result.output
+    for word in ("verified", "fake", "anls"):
+        assert word not in result.output
+
+
+def test_inspect_tells_files_that_no_checksum_speaks_for(folder: Path) -> None:
+    told = CliRunner().invoke(app, ["inspect", str(folder)]).output
+    assert "not in the manifest" not in told
+    (folder / "more").mkdir()
+    (folder / "more" / "adapter\n.gguf").write_text("x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "index").write_text("x")
+    told = CliRunner().invoke(app, ["inspect", str(folder)]).output
+    assert "not in the manifest, and not checked: more/adapter .gguf\n" in told
+
+
+def test_inspect_of_a_tokenizer_that_is_none_is_one_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "b")
+    bundle = read_bundle(tmp_path / "b")
+    (tmp_path / "b" / "tokenizer.json").write_text("{}")
+    files = tuple(describe_file(tmp_path / "b", file.path, file.role) for file in bundle.files)
+    write_bundle(tmp_path / "b", bundle.model_copy(update={"files": files}))
+    with pytest.raises(BundleError, match=r"tokenizer\.json is no tokenizer"):
+        inspect.report(tmp_path / "b")
+
+
 def test_doctor_tells_what_is_here() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0

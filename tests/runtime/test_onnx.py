@@ -186,6 +186,21 @@ def test_a_tile_that_the_model_takes_for_padding_is_an_input_error(
         vlm.ask(Image.fromarray(pixels), QUESTION)
 
 
+def test_what_the_library_refuses_to_run_is_one_line(
+    tiny_idefics3: Path, make_bundle: MakeBundle, picture: Picture
+) -> None:
+    """Tiles of another size than the vision encoder's, and a token that the embedding does not have."""
+    folder = make_bundle(tiny_idefics3, "fp32")
+    bundle = read_bundle(folder)
+    large = bundle.model_copy(update={"image": bundle.image.model_copy(update={"tile_size": 96})})
+    with open_bundle(folder, large, threads=1) as vlm:
+        with pytest.raises(ModelError, match="the vision encoder cannot be run") as error:
+            vlm.ask(picture(200, 40), QUESTION)
+        assert str(error.value).isprintable()
+        with pytest.raises(ModelError, match="the embedding cannot be run"):
+            vlm.reader.engine.extend([10**6])
+
+
 def test_a_damaged_graph_and_a_missing_provider_are_named(
     tiny_idefics3: Path, make_bundle: MakeBundle, tmp_path: Path
 ) -> None:

@@ -17,8 +17,8 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from mpa_edge.bundle import read_bundle
 from mpa_edge.errors import BundleError, InputError, MissingExtra, ModelError
-from mpa_edge.runtime import load
-from mpa_edge.runtime.openvino import OpenVinoEngine
+from mpa_edge.runtime import load, open_bundle
+from mpa_edge.runtime.openvino import OpenVinoEngine, _check_device
 from mpa_edge.runtime.openvino_library import ov
 from mpa_edge.runtime.openvino_vision import rotary_angles, window_mask, windows
 
@@ -119,6 +119,33 @@ def test_a_damaged_graph_and_a_missing_device_are_named(
     damaged.write_bytes(damaged.read_bytes()[:-400])
     with pytest.raises(BundleError, match=r"openvino_language_model.xml cannot be loaded by OpenVINO"):
         OpenVinoEngine(folder, bundle, 1)
+
+
+def test_what_the_library_refuses_to_run_is_one_line(
+    tiny_idefics3: Path, openvino_bundle: MakeBundle, picture: Picture
+) -> None:
+    folder = openvino_bundle(tiny_idefics3, "fp32")
+    bundle = read_bundle(folder)
+    large = bundle.model_copy(update={"image": bundle.image.model_copy(update={"tile_size": 96})})
+    with open_bundle(folder, large, threads=1) as vlm:
+        with pytest.raises(ModelError, match="the vision encoder cannot be run") as error:
+            vlm.ask(picture(200, 40), QUESTION)
+        assert str(error.value).isprintable()
+
+
+def test_devices_are_as_openvino_names_them(tiny_idefics3: Path, openvino_bundle: MakeBundle, picture: Picture) -> None:
+    here = ["CPU", "GPU.0", "GPU.1"]
+    for device in ("CPU", "GPU", "GPU.1", "AUTO", "AUTO:GPU,CPU", "HETERO:GPU.1,CPU"):
+        _check_device(device, here)
+    for device in ("GPU.2", "GP", "NPU", "G"):
+        with pytest.raises(InputError, match=f"sees no device {device} here: CPU, GPU.0, GPU.1"):
+            _check_device(device, here)
+    folder = openvino_bundle(tiny_idefics3, "fp32")
+    with load(folder, threads=1, device="hetero:cpu") as several, load(folder, threads=1) as one:
+        assert several.ask(picture(64, 64), QUESTION).tokens == one.ask(picture(64, 64), QUESTION).tokens
+    with pytest.raises(InputError, match=r"--device AUTO:NPX: OpenVINO .* cannot run .*No available device") as error:
+        load(folder, threads=1, device="auto:npx")
+    assert str(error.value).isprintable()
 
 
 def test_a_language_model_of_another_kind_is_refused(

@@ -119,6 +119,31 @@ def test_unusable_templates_are_bundle_errors(tiny_idefics3: Path, template: str
         Model(tiny_idefics3, chat_template=template)
 
 
+FAILING = {
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ messages + 1 }}": "can only concatenate list",
+    "{% for a in range(10 ** 7) %}{% endfor %}": "Range too big",
+    "{{ 'a' * 10 ** 18 }}": "MemoryError",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}": "recursion",
+    "{{ raise_exception('a\x1b[31m\nb') }}": r"a \[31m b$",
+    "{% for a in range(2000) %}{% for b in range(2000) %}{{ b }}{% endfor %}{% endfor %}": "more than 1048576 char",
+}
+
+
+@pytest.mark.parametrize("template", sorted(FAILING))
+def test_templates_that_fail_as_programs_are_bundle_errors(model: Model, template: str, tiny_idefics3: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_idefics3 / "tokenizer.json"))
+    settings = model.prompt.model_copy(update={"chat_template": template})
+    with pytest.raises(BundleError, match=f"the chat template cannot be rendered: .*{FAILING[template]}"):
+        Prompts(tokenizer, settings)
+
+
+def test_a_token_before_every_prompt_must_be_the_tokenizers(model: Model, tiny_idefics3: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_idefics3 / "tokenizer.json"))
+    with pytest.raises(BundleError, match="the tokenizer has no token 999999"):
+        Prompts(tokenizer, model.prompt.model_copy(update={"begin_token_ids": (999_999,)}))
+
+
 def test_templates_stay_in_the_sandbox(tiny_idefics3: Path) -> None:
     with pytest.raises(BundleError, match="unsafe"):
         Model(tiny_idefics3, chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
