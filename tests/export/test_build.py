@@ -211,6 +211,7 @@ def test_the_names_of_onnx_quantizations_are_those_that_are_made() -> None:
 def test_each_step_is_told_with_its_time(run: Path, bundles: list[Path]) -> None:
     told: list[str] = []
     export(run, "gguf", ["q8_0"], samples=2, progress=told.append)
+    told = [line for line in told if not line.startswith("warning: ")]  # two random answers may differ
     steps = ["convert to gguf", "ask the merged model", "verify gguf-q8_0"]
     assert told[::2] == [f"{step} …" for step in steps]
     assert all(re.fullmatch(rf"{step}: \d+\.\d s", line) for step, line in zip(steps, told[1::2], strict=True))
