@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from mpa_edge.bundle import Bundle, File, Source
-from mpa_edge.export.families import family_of, prompt_settings, read_config
+from mpa_edge.bundle import Bundle, File
 from mpa_edge.export.onnx_readme import onnx_commands
 from mpa_edge.export.to_onnx import to_onnx
-from mpa_edge.processors import load_processor
 from mpa_edge.runtime import open_bundle
+from tiny_bundles import manifest_of
 
 Make = Callable[[Path, Path], Bundle]
 
@@ -30,18 +29,8 @@ def bundle_in(onnx_graphs: Callable[[Path], Path]) -> Make:
     def make(folder: Path, model: Path) -> Bundle:
         folder.mkdir()
         files: list[File] = to_onnx(model, folder, "fp32", graphs=onnx_graphs(model))[0]
-        config, processor = read_config(model), load_processor(model)
-        family = family_of(config)
-        return Bundle(
-            name=folder.name,
-            family=family.name,
-            engine="onnxruntime",
-            quantization="fp32",
-            files=tuple(files),
-            image=family.image_settings(config, processor),
-            prompt=prompt_settings(config, processor, 'Say "briefly": {question}', 8),
-            source=Source(student=model.name, tool_version="0"),
-        )
+        asked = 'Say "briefly": {question}'
+        return manifest_of(model, "onnxruntime", "fp32", files, template=asked, tokens=8)
 
     return make
 
