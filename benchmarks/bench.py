@@ -24,11 +24,11 @@ from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.jobs import Job
 from mpa_edge.benchmarks.measure import Measured, Say, measure
 from mpa_edge.benchmarks.regress import earlier, regressions
-from mpa_edge.benchmarks.report import write_report
+from mpa_edge.benchmarks.report import timed_answers, write_report
 from mpa_edge.benchmarks.require import requirements
 from mpa_edge.benchmarks.roads import roads_of
 from mpa_edge.benchmarks.sample import Item, cost_of, items_of, latency_set
-from mpa_edge.benchmarks.score import Scored, answered, beside_both_ends, compare, first, gap_closed, score
+from mpa_edge.benchmarks.score import Scored, beside_both_ends, compare, first, gap_closed, score
 from mpa_edge.benchmarks.settings import BenchConfig
 from mpa_edge.benchmarks.variants import Variant, size_bytes, swept, variants_of
 from mpa_edge.benchmarks.verdict import pareto, verdict
@@ -133,8 +133,7 @@ def report_of(
     for entry, best in zip(entries, pareto(entries), strict=True):
         entry["pareto"] = best
     comparisons = compare(scored, config.seed)
-    times = {name: [row.wall_ms for row in answered(found.latency)] for name, found in measured.items()}
-    required = requirements(config.require, entries, times)
+    required = requirements(config.require, entries, timed_answers(measured))
     about = about_data(config, questions, items)
     report = {
         "schema": 1,

@@ -222,7 +222,7 @@ def open_nvml(clock: Clock = time.perf_counter, *, thread: bool = True) -> Sourc
         pass
 
     def watts() -> float:
-        return sum(nvml.nvmlDeviceGetPowerUsage(handle) for handle in handles) / 1000
+        return float(sum(nvml.nvmlDeviceGetPowerUsage(handle) for handle in handles) / 1000)
 
     try:
         return Sampled("NVML (GPU board, sampled)", watts, clock=clock, closing=nvml.nvmlShutdown, thread=thread)

@@ -60,7 +60,8 @@ def measure(variant: Variant, job: Job, raw: Path, say: Say) -> Measured:
 
 def folder_name(variant: Variant, job: Job, digest: str | None) -> str:
     """Names what shapes a variant's answers and timings but for the questions: those are in the rows' keys."""
-    settings = (job.max_new_tokens, job.threads, cpu_name(), available_cores(), sorted(versions().items()))
+    machine = (cpu_name(), available_cores(), sorted(versions().items()))
+    settings: tuple[object, ...] = (job.max_new_tokens, job.threads, *machine)
     settings += (job.device,) if job.device != "auto" else ()
     content = hashlib.sha256(repr((digest or variant.spec, settings)).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', variant.name)[:60]}-{content[:10]}"

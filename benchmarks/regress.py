@@ -88,7 +88,7 @@ def changes_of(old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: i
     """What changed in a variant."""
     if new["failed"]:
         return [change(new, "failed", None, None, note=new["failed"], regression=True)]
-    found = [accuracy_change(old, new, a["accuracy"], b["accuracy"], seed)]
+    found: list[dict[str, Any] | None] = [accuracy_change(old, new, a["accuracy"], b["accuracy"], seed)]
     busy = next((why for entry in (old, new) if (why := disturbed(entry))), None)
     found.append(time_change(old, new, a["latency"], b["latency"], seed, busy))
     for quantity, key, most in (("size", "size_mb", LARGER_FROM), ("memory", "peak_memory_mb", HEAVIER_FROM)):

@@ -46,9 +46,16 @@ def write_report(
     folder: Path, report: Report, items: Sequence[Item], scored: Sequence[Scored], measured: Mapping[str, Measured]
 ) -> None:
     """Write report.html and report.md beside report.json."""
-    times = {name: [row.wall_ms for row in answered(found.latency)] for name, found in measured.items()}
-    write_atomic(folder / HTML, render_html(report, gallery(items, scored, measured), times))
+    write_atomic(folder / HTML, render_html(report, gallery(items, scored, measured), timed_answers(measured)))
     write_atomic(folder / MARKDOWN, render_markdown(report))
+
+
+def timed_answers(measured: Mapping[str, Measured]) -> dict[str, list[float]]:
+    """The milliseconds of each variant's timed answers, by its name."""
+    return {
+        name: [row.wall_ms for row in answered(found.latency) if row.wall_ms is not None]
+        for name, found in measured.items()
+    }
 
 
 def render_html(report: Report, cases: Gallery, times: Mapping[str, Sequence[float]] | None = None) -> str:

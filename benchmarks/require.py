@@ -17,7 +17,7 @@ have no interval.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, floor, inf, log10
 from typing import Any, Literal
@@ -133,7 +133,7 @@ def _unit_of(name: str) -> str:
 
 
 def requirements(
-    text: str | None, entries: Sequence[Entry], times: dict[str, Sequence[float]]
+    text: str | None, entries: Sequence[Entry], times: Mapping[str, Sequence[float]]
 ) -> dict[str, Any] | None:
     """The report's `requirements`: the lines, and each variant's checks; None where nothing is required.
 
@@ -215,7 +215,8 @@ def value_of(entry: Entry, name: str) -> float | None:
 
 def whole_memory(entry: Entry) -> float | None:
     """The process's peak with the GPU's memory; on a Jetson, where both are one, the larger figure."""
-    own, device = entry["peak_memory_mb"], entry.get("device_memory_mb")
+    own: float | None = entry["peak_memory_mb"]
+    device: float | None = entry.get("device_memory_mb")
     if own is None or device is None:
         return own
     return max(own, device) if "board" in (entry.get("device_memory_how") or "") else own + device
@@ -265,5 +266,5 @@ def further_samples(line: Line, entry: Entry, value: float, ends: Interval, time
 
 def two_figures(value: float) -> int:
     """Rounded up: 1234 -> 1300."""
-    step = 10 ** max(0, floor(log10(value)) - 1)
+    step: int = 10 ** max(0, floor(log10(value)) - 1)
     return ceil(value / step) * step

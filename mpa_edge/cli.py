@@ -344,7 +344,7 @@ def bench(
     from mpa_edge.benchmarks.bench import bench as run_bench
     from mpa_edge.benchmarks.outcome import outcome
 
-    config = BenchConfig(bundles=bundles or [], baselines=baseline or [], **given(options))
+    config = BenchConfig(bundles=tuple(map(str, bundles or ())), baselines=tuple(baseline or ()), **given(options))
     with _resumable():
         path = run_bench(config)
     lines, code = outcome(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.engine import Features, Logits
 from mpa_edge.runtime.families import Cut
 from mpa_edge.runtime.look import FeatureCache
-from mpa_edge.runtime.prompts import Turn, read_tokenizer
+from mpa_edge.runtime.prompts import Turn
 from mpa_edge.runtime.vlm import Decoding, Timings, Vlm
 from tiny_bundles import manifest_of
 
@@ -346,18 +345,6 @@ def test_describe_is_json_and_names_the_settings(manifest: Bundle, tokenizer: To
     assert told["quantization"] == "f16"
 
 
-def test_importing_the_runtime_loads_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "llama_cpp", "onnxruntime")
-    code = f"import sys, mpa_edge.runtime; print([m for m in {heavy} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
-
-
-def test_exports_are_complete_and_sorted() -> None:
-    assert list(runtime.__all__) == sorted(runtime.__all__)
-    assert all(hasattr(runtime, name) for name in runtime.__all__)
-
-
 def test_a_missing_engine_names_the_pip_line(manifest: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(MissingExtra, match=r'pip install "mpa-edge\[gguf\]"'):
@@ -367,30 +354,6 @@ def test_a_missing_engine_names_the_pip_line(manifest: Bundle, tmp_path: Path, m
 def test_an_unknown_family_is_a_bundle_error(manifest: Bundle, tokenizer: Tokenizer) -> None:
     with pytest.raises(BundleError, match="family 'later'"):
         BundleVlm(manifest.model_copy(update={"family": "later"}), Script([0], 5), tokenizer)
-
-
-def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert runtime.usable_cores() == 3
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert runtime.usable_cores() >= 1
-
-
-def test_a_file_that_is_no_tokenizer(tmp_path: Path, manifest: Any) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BundleError, match="no tokenizer"):
-        read_tokenizer(tmp_path / "tokenizer.json")
-
-
-@pytest.mark.parametrize(
-    ("content", "cores"), [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None), ("", None)]
-)
-def test_a_containers_quota_bounds_the_threads(content: str, cores: int | None, tmp_path: Path) -> None:
-    from mpa_edge.runtime import _quota
-
-    (tmp_path / "cpu.max").write_text(content)
-    assert _quota(tmp_path / "cpu.max") == cores
-    assert _quota(tmp_path / "gone") is None
 
 
 def with_tile_tokens(manifest: Bundle, tokens: int) -> Bundle:
