@@ -63,7 +63,7 @@ def embedding_graph(weight: torch.Tensor) -> ir.Model:
     """`input_ids` int64 (batch, sequence) -> `inputs_embeds` (batch, sequence, hidden): one Gather."""
     shape = ["batch_size", "sequence_length"]
     rows = ir.tensor(weight.detach().float().numpy(), name="embed_tokens.weight")
-    table = ir.Value(name=rows.name, shape=ir.Shape(rows.shape), type=ir.TensorType(rows.dtype), const_value=rows)
+    table = ir.Value(name=rows.name, shape=ir.Shape(weight.shape), type=ir.TensorType(rows.dtype), const_value=rows)
     ids = ir.Value(name="input_ids", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT64))
     embeds = ir.Value(
         name="inputs_embeds", shape=ir.Shape([*shape, weight.shape[1]]), type=ir.TensorType(ir.DataType.FLOAT)

@@ -20,7 +20,7 @@ UNKNOWN_TO_JS, PICTURES_FIRST = ("internvl",), ("llava",)
 
 def onnx_commands(folder: Path, bundle: Bundle) -> str:
     """The text in Markdown; `folder` holds the graphs."""
-    paths = {file.role: file.path for file in bundle.files}
+    paths: dict[str, str] = {file.role: file.path for file in bundle.files}
     graphs = {role: onnx.load(folder / paths[role], load_external_data=False).graph for role in GRAPHS}
     rows = [f"| `{paths[role]}` | {_values(graph.input)} | {_values(graph.output)} |" for role, graph in graphs.items()]
     return f"""\
