@@ -17,7 +17,7 @@ from mpa_edge.runtime.prompts import Prompts, read_tokenizer
 # Width and height of typical pictures; only their ratio matters.
 SHAPES = {"4:3": (4000, 3000), "square": (3000, 3000), "16:9": (4000, 2250)}
 # Sizes in the table; of more, every second, third, … is told.
-MOST_SIZES = 64
+MOST_SIZES = 20
 # Files that are named where the manifest does not name them.
 MOST_FILES = 10
 
