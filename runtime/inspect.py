@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from mpa_edge.bundle import MANIFEST, Bundle, Printable, one_line, read_bundle
-from mpa_edge.runtime.families import family_of_bundle
+from mpa_edge.runtime.families import Family, family_of_bundle
 from mpa_edge.runtime.prompts import Prompts, read_tokenizer
 
 # Width and height of typical pictures; only their ratio matters.
 SHAPES = {"4:3": (4000, 3000), "square": (3000, 3000), "16:9": (4000, 2250)}
-# Sizes in the table; of more, every second, third, … is told.
+# Sizes in the table, about so many at most.
 MOST_SIZES = 20
 # Files that are named where the manifest does not name them.
 MOST_FILES = 10
@@ -74,7 +74,7 @@ def costs(folder: Path, bundle: Bundle) -> list[Cost]:
     prompts = Prompts(read_tokenizer(bundle.path_of(folder, "tokenizer")), prompt)
     text = prompt.question_template.replace("{question}", "")
     found: list[Cost] = []
-    for name, image in _thinned(family.sizes(bundle.image), bundle.image):
+    for name, image in _told_sizes(family, bundle):
         row = []
         for shape, size in SHAPES.items():
             rows, columns = family.grid(size, image)
@@ -89,9 +89,19 @@ def costs(folder: Path, bundle: Bundle) -> list[Cost]:
     return found
 
 
-def _thinned(sizes: list[tuple[str, Any]], own: Any) -> list[tuple[str, Any]]:
-    every = -(-len(sizes) // MOST_SIZES)
-    return [size for place, size in enumerate(sizes) if place % every == 0 or size[1] == own]
+def _told_sizes(family: Family, bundle: Bundle) -> list[tuple[str, Any]]:
+    """The sizes up to the first whose image tokens fit in no shape; where those are many, every second, third, …"""
+    sizes = family.sizes(bundle.image)
+    least = [
+        min(family.image_tokens(*family.grid(size, image), image) for size in SHAPES.values()) for _, image in sizes
+    ]
+    end = next((place for place, seen in enumerate(least) if seen >= bundle.prompt.context_length), len(sizes))
+    every = max(1, round(end / MOST_SIZES))
+    return [
+        size
+        for place, size in enumerate(sizes[: end + 1])
+        if place % every == 0 or place == end or size[1] == bundle.image
+    ]
 
 
 def report(folder: Path) -> str:

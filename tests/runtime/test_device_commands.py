@@ -145,7 +145,7 @@ def test_costs_of_absurd_settings_take_no_time(folder: Path, served: tuple[Path,
     assert {cost.size for cost in found} == {"longest edge 32"}
     thin = image.model_copy(update={"tokens_per_tile": 1})
     sizes = {cost.size for cost in inspect.costs(folder, bundle.model_copy(update={"image": thin}))}
-    assert {"longest edge 32", "longest edge 256"} <= sizes
+    assert {"longest edge 32", "longest edge 96"} <= sizes
     assert "longest edge 64" not in sizes
 
 
