@@ -14,7 +14,7 @@ demo: env
 	$(BIN)/mpa-edge demo
 
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -68,16 +68,39 @@ def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def onnx_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """`onnx_graphs(model)`: where `to_onnx` keeps the float32 graphs of a model folder; each is exported once."""
-    root = tmp_path_factory.mktemp("onnx-graphs")
-    return lambda model: root / model.name
+    """`onnx_graphs(model)`: where `to_onnx` keeps the float32 graphs of a model folder; see `made_once`."""
+    from mpa_edge.export.onnx_graphs import export_graphs
+
+    return made_once(tmp_path_factory, "onnx-graphs", export_graphs)
 
 
 @pytest.fixture(scope="session")
 def openvino_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """`openvino_graphs(model)`: where `to_openvino` keeps the float32 graphs of a model folder."""
-    root = tmp_path_factory.mktemp("openvino-graphs")
-    return lambda model: root / model.name
+    """`openvino_graphs(model)`: where `to_openvino` keeps the float32 graphs of a model folder; see `made_once`."""
+    from mpa_edge.export.openvino_graphs import export_graphs
+
+    return made_once(tmp_path_factory, "openvino-graphs", export_graphs)
+
+
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, export_graphs: Callable[[Path, Path], dict[str, float]]
+) -> Callable[[Path], Path]:
+    """A function from a model folder to its graphs, which the first of pytest's processes makes for all of them: an
+    export takes seconds, and models of one name are the same in every process."""
+    from filelock import FileLock
+
+    from mpa_edge.export.float32_graphs import graphs_once
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    root.mkdir(exist_ok=True)
+
+    def graphs_of(model: Path) -> Path:
+        with FileLock(root / f"{model.name}.lock"):
+            graphs_once(model, root / model.name, export_graphs)
+        return root / model.name
+
+    return graphs_of
 
 
 @pytest.fixture(scope="session")
