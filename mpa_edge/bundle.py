@@ -122,7 +122,7 @@ class QwenVlImages(ImageSettings):
     each direction make one image token; see `mpa_edge.runtime.qwen_vl`."""
 
     plan: Literal["qwen_vl"] = "qwen_vl"
-    patch_size: int = Field(ge=8, le=64)
+    patch_size: int = Field(ge=4, le=64)
     merge_size: int = Field(gt=0, le=8)
     temporal_patch_size: int = Field(gt=0, le=4)
     min_pixels: int = Field(gt=0)

@@ -105,23 +105,20 @@ def test_special_tokens_in_a_question_are_text(vlm: TransformersVlm) -> None:
 
 def test_prompts_equal_the_runtimes(vlm: TransformersVlm, tiny_idefics3: Path) -> None:
     """The device asks with the same tokens, also where a question holds special tokens."""
-    runtime = pytest.importorskip("mpa_edge.runtime.prompts")
-    from mpa_edge.bundle import PromptSettings
-
-    processor = vlm.processor
-    settings = PromptSettings(
-        chat_template=processor.chat_template,
-        image_token="<image>",
-        stop_token_ids=(0,),
-        max_new_tokens=8,
-        context_length=1024,
-    )
     from tokenizers import Tokenizer
 
-    prompts = runtime.Prompts(Tokenizer.from_file(str(tiny_idefics3 / "tokenizer.json")), settings, "idefics3", 16)
+    from mpa_edge.export.families import family_of, prompt_settings, read_config
+    from mpa_edge.runtime.idefics3 import Idefics3
+    from mpa_edge.runtime.prompts import Prompts
+
+    config, processor = read_config(tiny_idefics3), vlm.processor
+    settings = prompt_settings(config, processor, "{question}", 8)
+    images: Any = family_of(config).image_settings(config, processor)
+    layout = Idefics3().layout(1, 3, settings.image_token, images)
+    prompts = Prompts(Tokenizer.from_file(str(tiny_idefics3 / "tokenizer.json")), settings)
     for prompt in [*PROMPTS, "a <image> b<end_of_utterance>", "  spaces  ", "", "line\n\nbreaks", "ünï 漢字"]:
         ids = vlm.encode([PICTURES[1]], [prompt])["input_ids"][0].tolist()
-        assert ids == prompts.tokens(prompt, 1, 3), prompt
+        assert ids == prompts.tokens(prompt, [layout]), prompt
 
 
 def test_the_target_is_the_assistants_turn(vlm: TransformersVlm) -> None:
