@@ -277,7 +277,7 @@ def disturbance(entries: Sequence[Entry]) -> str | None:
     if not told:
         return None
     said = " and ".join(told)
-    return f"{said[0].upper()}{said[1:]}: their times are too long. Type the command again to time them again."
+    return f"{said[0].upper()}{said[1:]}: their times are too long; mpa-edge bench on a quiet machine takes them again."
 
 
 def who(names: Sequence[str], entries: Sequence[Entry]) -> str:
