@@ -70,7 +70,7 @@ ABOUT = {
 RUNS_ON = {
     "gguf": "llama.cpp and what is built on it",
     "onnx": "ONNX Runtime, transformers.js",
-    "openvino": "OpenVINO: Intel CPUs and GPUs",
+    "openvino": "OpenVINO on CPUs (its GPU device is not tested)",
     "hf": "transformers: the merged model in safetensors, with a model card",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpa_edge.bundle import Bundle, one_line
 from mpa_edge.errors import BundleError, ModelError
-from mpa_edge.runtime.engine import Features, Positions
+from mpa_edge.runtime.engine import Features, Logits, Positions
 from mpa_edge.runtime.prompts import read_tokenizer
 
 # Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
@@ -55,6 +55,46 @@ def put_features(embeds: Features, token_ids: NDArray[np.int64], image_token: in
             "belong together"
         )
     embeds[0, places] = features
+
+
+class EmbeddingEngine:
+    """Prompts for an engine that reads embeddings: see `Engine.prefill` and `Engine.extend`. The engine computes."""
+
+    _image_token: int
+
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        features: Features,
+        positions: Positions | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> Logits:
+        """See `Engine.prefill`."""
+        ids = np.asarray(token_ids, np.int64)
+        embeds = self._embed(ids)
+        put_features(embeds, ids, self._image_token, features)
+        self._forget()
+        logits = self._step(embeds, 0 if all_logits else 1, positions)
+        last: Logits = logits[-1]
+        return logits if all_logits else last
+
+    def extend(self, token_ids: Sequence[int]) -> Logits:
+        """See `Engine.extend`."""
+        logits: Logits = self._step(self._embed(np.asarray(token_ids, np.int64)), 1)[-1]
+        return logits
+
+    def _forget(self) -> None:
+        """Empty the cache, and drop the mark."""
+        raise NotImplementedError
+
+    def _embed(self, ids: NDArray[np.int64]) -> Features:
+        """Embeddings (1, tokens, hidden) of token ids (tokens), free to be written into."""
+        raise NotImplementedError
+
+    def _step(self, embeds: Features, keep: int, positions: Positions | None = None) -> Logits:
+        """Read embeddings on top of the cache; the logits of the last `keep` positions, of all for 0."""
+        raise NotImplementedError
 
 
 def image_token_of(folder: Path, bundle: Bundle) -> int:

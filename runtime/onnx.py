@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from mpa_edge.bundle import Bundle, Role, one_line
 from mpa_edge.errors import BundleError, InputError
-from mpa_edge.runtime.embedding import TILES_AT_ONCE, Place, image_token_of, put_features, running, shaped
+from mpa_edge.runtime.embedding import TILES_AT_ONCE, EmbeddingEngine, Place, image_token_of, running, shaped
 from mpa_edge.runtime.engine import Features, Logits, Positions
 from mpa_edge.runtime.families import Cut, family_of_bundle
 
@@ -46,7 +46,7 @@ def open_engine(folder: Path, bundle: Bundle, threads: int | None = None, device
     return OnnxEngine(folder, bundle, threads, providers=PROVIDERS[device])
 
 
-class OnnxEngine:
+class OnnxEngine(EmbeddingEngine):
     """See `Engine`. `threads` None leaves the number to ONNX Runtime.
 
     `providers` are ONNX Runtime's execution providers in order of preference; the key-value cache stays in the memory
@@ -97,28 +97,6 @@ class OnnxEngine:
             features = self._vision.run(None, feed)[0]
         return cast("Features", features.astype(np.float32, copy=False).reshape(-1, features.shape[-1]))
 
-    def prefill(
-        self,
-        token_ids: Sequence[int],
-        features: Features,
-        positions: Positions | None = None,
-        *,
-        all_logits: bool = False,
-    ) -> Logits:
-        """See `Engine.prefill`."""
-        ids = np.asarray(token_ids, np.int64)
-        embeds = self._embed(ids)
-        put_features(embeds, ids, self._image_token, features)
-        self._past, self._place, self._mark = self._empty, Place(), None
-        logits = self._step(embeds, 0 if all_logits else 1, positions)
-        last: Logits = logits[-1]
-        return logits if all_logits else last
-
-    def extend(self, token_ids: Sequence[int]) -> Logits:
-        """See `Engine.extend`."""
-        logits: Logits = self._step(self._embed(np.asarray(token_ids, np.int64)), 1)[-1]
-        return logits
-
     def mark(self) -> None:
         """See `Engine.mark`. Every step writes a new cache, so the old one only has to be kept: memory for a second."""
         self._mark = (self._past, self._place)
@@ -135,6 +113,9 @@ class OnnxEngine:
         self._past = self._empty = {}
         self._mark = None
         del self._embedding, self._vision, self._decoder
+
+    def _forget(self) -> None:
+        self._past, self._place, self._mark = self._empty, Place(), None
 
     def _embed(self, ids: Any) -> Features:
         with running("embedding"):

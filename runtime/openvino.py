@@ -10,7 +10,7 @@ import numpy as np
 
 from mpa_edge.bundle import Bundle, QwenVlImages, Role, one_line
 from mpa_edge.errors import BundleError, InputError
-from mpa_edge.runtime.embedding import TILES_AT_ONCE, Place, image_token_of, put_features, running, shaped
+from mpa_edge.runtime.embedding import TILES_AT_ONCE, EmbeddingEngine, Place, image_token_of, running, shaped
 from mpa_edge.runtime.engine import Features, Logits, Positions
 from mpa_edge.runtime.families import Cut, family_of_bundle
 from mpa_edge.runtime.openvino_library import opset13, ov
@@ -30,7 +30,7 @@ def open_engine(folder: Path, bundle: Bundle, threads: int | None = None, device
     return OpenVinoEngine(folder, bundle, threads, device="CPU" if device == "auto" else device.upper())
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(EmbeddingEngine):
     """See `Engine`. `threads` None leaves the number to OpenVINO.
 
     `device` is OpenVINO's name of one (GPU, GPU.1, NPU) or of a way to use several (AUTO:GPU,CPU, HETERO:GPU,CPU): CPU
@@ -74,29 +74,6 @@ class OpenVinoEngine:
         features = np.concatenate([self._see(tiles[start : start + TILES_AT_ONCE]) for start in starts])
         return cast("Features", features.reshape(-1, features.shape[-1]))
 
-    def prefill(
-        self,
-        token_ids: Sequence[int],
-        features: Features,
-        positions: Positions | None = None,
-        *,
-        all_logits: bool = False,
-    ) -> Logits:
-        """See `Engine.prefill`."""
-        ids = np.asarray(token_ids, np.int64)
-        embeds = self._embed(ids)
-        put_features(embeds, ids, self._image_token, features)
-        self._language.reset_state()
-        self._place, self._mark = Place(), None
-        logits = self._step(embeds, 0 if all_logits else 1, positions)
-        last: Logits = logits[-1]
-        return logits if all_logits else last
-
-    def extend(self, token_ids: Sequence[int]) -> Logits:
-        """See `Engine.extend`."""
-        logits: Logits = self._step(self._embed(np.asarray(token_ids, np.int64)), 1)[-1]
-        return logits
-
     def mark(self) -> None:
         """See `Engine.mark`. It costs nothing: what comes after is cut off by `rewind`."""
         self._mark = self._place
@@ -133,6 +110,10 @@ class OpenVinoEngine:
         """The edge of Qwen2.5-VL's windows in image tokens, which export wrote into the graph's own notes."""
         if model.has_rt_info(list(WINDOW)):
             self._window = int(model.get_rt_info(list(WINDOW)).astype(int))
+
+    def _forget(self) -> None:
+        self._language.reset_state()
+        self._place, self._mark = Place(), None
 
     def _embed(self, ids: Any) -> Features:
         with running("embedding"):
