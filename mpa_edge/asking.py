@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -42,13 +42,15 @@ def ask(
     answers: list[Answer] = []
     # Several questions about one picture share one picture, so that a model sees that they do.
     opened: dict[Path, Image.Image | Unopened] = {}
+    taken = 0
     for end, path in enumerate(paths, 1):
         if path not in opened:
-            opened[path] = _open(path, blind)
-        if end == len(paths) or _enough(vlm, end - len(answers), opened.values()):
+            image = opened[path] = _open(path, blind)
+            taken += 3 * image.width * image.height if isinstance(image, Image.Image) else 0
+        if end == len(paths) or _enough(vlm, end - len(answers), taken):
             part = slice(len(answers), end)
             answers += _ask(vlm, [opened[path] for path in paths[part]], prompts[part], decoding)
-            opened = {}
+            opened, taken = {}, 0
     if not again:
         _refuse_if_all_failed(vlm, paths, answers)
     return answers
@@ -76,11 +78,9 @@ def refuse_small_budget(vlm: Vlm, requests: int, part: str) -> None:
         )
 
 
-def _enough(vlm: Vlm, pairs: int, opened: Iterable[Image.Image | Unopened]) -> bool:
-    if pairs < max(AT_LEAST, getattr(vlm, "batch_size", 1)):
-        return False
-    taken = sum(3 * image.width * image.height for image in opened if isinstance(image, Image.Image))
-    return pairs >= AT_MOST or taken >= OPEN_BYTES
+def _enough(vlm: Vlm, pairs: int, taken: int) -> bool:
+    """`taken` are the bytes of the open pictures."""
+    return pairs >= max(AT_LEAST, getattr(vlm, "batch_size", 1)) and (pairs >= AT_MOST or taken >= OPEN_BYTES)
 
 
 def _ask(
