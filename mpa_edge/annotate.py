@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Annotator:
     questions: int = 1
     temperature: float = 1.0
     seed: int = 0
+    ask: Callable[..., list[Answer]] = ask
 
     @property
     def decodings(self) -> list[Decoding]:
@@ -61,7 +62,7 @@ class Annotator:
         new = [sample for sample in samples if sample.id not in found]
         paths = [Path(sample.path) for sample in new]
         rounds = [
-            ask(self.teacher, paths, self._prompts(new, number), decoding, again=bool(known))
+            self.ask(self.teacher, paths, self._prompts(new, number), decoding, again=bool(known))
             for number, decoding in enumerate(self.decodings)
         ]
         for sample, *texts in zip(new, *rounds, strict=True):

@@ -7,7 +7,7 @@ That the teacher confirms itself is the quality filter, that the student misses 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Identifier:
     votes: int = 1
     blind: bool = False
     seed: int = 0
+    ask: Callable[..., list[Answer]] = ask
 
     @property
     def metric(self) -> str:
@@ -70,11 +71,11 @@ class Identifier:
         refuse_small_budget(self.teacher, len(new) * (self.votes + self.blind), f"a part of {len(new)} questions")
         paths, prompts = [pictures[row.sample_id] for row in new], [self.task.prompt(row.question) for row in new]
         again = bool(known)
-        votes = [ask(self.teacher, paths, prompts, decoding, again=again) for decoding in self._decodings()]
-        student = ask(self.student, paths, prompts, _greedy(self.task), again=again)
+        votes = [self.ask(self.teacher, paths, prompts, decoding, again=again) for decoding in self._decodings()]
+        student = self.ask(self.student, paths, prompts, _greedy(self.task), again=again)
         grey: list[Answer | None] = [None] * len(new)
         if self.blind:
-            grey = [*ask(self.teacher, paths, prompts, _greedy(self.task), blind=True, again=again)]
+            grey = [*self.ask(self.teacher, paths, prompts, _greedy(self.task), blind=True, again=again)]
         for row, answer, blind, *answers in zip(new, student, grey, *votes, strict=True):
             found[_pair(row)] = case_of(row, answers, answer, self.metric, blind)
         return [found[_pair(row)] for row in annotations]
@@ -93,6 +94,7 @@ class Reidentifier:
     student: Vlm
     task: Task
     match: Match = "official"
+    ask: Callable[..., list[Answer]] = ask
 
     def fingerprint(self) -> dict[str, Any]:
         """What shapes the cases besides those of the first round, as JSON."""
@@ -104,7 +106,7 @@ class Reidentifier:
         found = {_pair(case): case for case in known if not case.failed}
         new = [case for case in first if _pair(case) not in found and _can_change(case)]
         paths, prompts = [pictures[case.sample_id] for case in new], [self.task.prompt(case.question) for case in new]
-        answers = ask(self.student, paths, prompts, _greedy(self.task), again=bool(known))
+        answers = self.ask(self.student, paths, prompts, _greedy(self.task), again=bool(known))
         metric = metric_of(self.task, self.match)
         for case, answer in zip(new, answers, strict=True):
             found[_pair(case)] = _with_answer(case, answer, metric)

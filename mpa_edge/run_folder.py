@@ -22,6 +22,7 @@ import json
 import platform
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -168,6 +169,7 @@ class RunLog:
     def __init__(self, path: Path, **facts: Any) -> None:
         self._path = path
         self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
         self._content: dict[str, Any] = {
             "schema": 1,
             "tool": f"mpa-edge {__version__}",
@@ -178,12 +180,14 @@ class RunLog:
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Add the time that the body takes to a stage's seconds."""
+        """Add the time that the body takes to a stage's seconds; bodies may run in several threads at once, whose times
+        add up."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            with self._lock:
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def note(self, name: str, **facts: Any) -> None:
         """Save a finished stage's facts with its seconds."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpa_edge.annotate import Annotator
+from mpa_edge.askers import Asker, Asks, Engine, Here, Part
 from mpa_edge.asking import refuse_small_budget
 from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
@@ -139,7 +140,7 @@ class TrainingSetMaker:
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
-    def ask(self, teacher: Vlm, student: Vlm) -> tuple[int, dict[str, int]]:
+    def ask(self, teacher: Vlm, student: Vlm, engine: Engine | None = None) -> tuple[int, dict[str, int]]:
         """Annotate and identify, part by part: what a model computed of a part's pictures is still at hand when they
         come again. Returns the number of annotations, and those rejected by reason."""
         config, task = self._config, self._task
@@ -152,9 +153,12 @@ class TrainingSetMaker:
         cases = open_parts(self._first.cases, Case, shaped, self._parts)
         # Another answer would make another training set, and the training so far would be lost.
         annotations.again = cases.again = not self._training_began()
+
+        def work(asker: Asker, part: Part) -> None:
+            self._ask_part(asker, part, annotations, cases)
+
         with progress("ask", self._scanned.pictures) as advance:
-            for number, samples in enumerate(self._chunks()):
-                self._ask_part(number, samples, annotator, annotations, identifier, cases)
+            for _, samples in (engine or Here()).each(Asks(annotator, identifier), enumerate(self._chunks()), work):
                 advance(len(samples))
         rejected: dict[str, int]
         total, rejected = remembered(
@@ -166,25 +170,18 @@ class TrainingSetMaker:
     def _training_began(self) -> bool:
         return any((self.round(number).student / STAGE).exists() for number in range(1, self._config.rounds + 1))
 
-    def _ask_part(
-        self,
-        number: int,
-        samples: Sequence[Sample],
-        annotator: Annotator,
-        annotations: Parts[Annotation],
-        identifier: Identifier,
-        cases: Parts[Case],
-    ) -> None:
+    def _ask_part(self, asker: Asker, part: Part, annotations: Parts[Annotation], cases: Parts[Case]) -> None:
+        number, samples = part
         if annotations.due(number):
             cases.reopen(number)
             with self.log.clock("annotate"):
-                annotations.fill(number, lambda known: annotator.annotations(samples, known))
+                annotations.fill(number, lambda known: asker.annotations(samples, known))
         if cases.due(number):
             usable = [row for row in annotations.read(number) if row.reason is None]
             with self.log.clock("identify"):
-                cases.fill(number, lambda known: identifier.cases(usable, _paths(samples), known))
+                cases.fill(number, lambda known: asker.cases(usable, _paths(samples), known))
 
-    def ask_again(self, number: int, student: Vlm) -> None:
+    def ask_again(self, number: int, student: Vlm, engine: Engine | None = None) -> None:
         """Identify round `number`, from 2: ask what the student has become."""
         again = Reidentifier(student, self._task, self._config.match)
         first, folder = Parts(self._first.cases, Case), self.round(number).cases
@@ -195,12 +192,15 @@ class TrainingSetMaker:
             say(f"round {number}: the student of the round before is another one now; it is asked again")
             drop_stage(folder)
             cases = open_parts(folder, Case, fingerprint, self._parts)
-        with progress(f"ask, round {number}", self._scanned.pictures) as advance:
-            for part, samples in enumerate(self._chunks()):
+
+        def work(asker: Asker, part: Part) -> None:
+            if cases.due(part[0]):
+                before, paths = first.read(part[0]), _paths(part[1])
                 with self.log.clock(stage_name("identify", number)):
-                    if cases.due(part):
-                        before, paths = first.read(part), _paths(samples)
-                        _fill_again(cases, part, again, before, paths)
+                    cases.fill(part[0], lambda known: asker.cases(before, paths, known))
+
+        with progress(f"ask, round {number}", self._scanned.pictures) as advance:
+            for _, samples in (engine or Here()).each(Asks(None, again), enumerate(self._chunks()), work):
                 advance(len(samples))
 
     # --- selecting ---------------------------------------------------------------------------------------------------
@@ -293,12 +293,6 @@ def _rejected(annotations: Parts[Annotation]) -> tuple[int, dict[str, int]]:
         total += len(rows)
         rejected.update(row.reason for row in rows if row.reason is not None)
     return total, dict(sorted(rejected.items()))
-
-
-def _fill_again(
-    cases: Parts[Case], part: int, again: Reidentifier, before: Sequence[Case], paths: dict[str, Path]
-) -> None:
-    cases.fill(part, lambda known: again.cases(before, paths, known))
 
 
 def _paths(samples: Sequence[Sample]) -> dict[str, Path]:

@@ -1,0 +1,83 @@
+"""Who asks about a part of the pictures, and where: the small interface that both engines share.
+
+    Here      in this process, one part after the other
+    RayPool   on the workers of a Ray cluster, several parts at once (`mpa_edge.ray_engine`)
+
+Parts are written by this process in both cases, so that files, resume and Ctrl-C are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from mpa_edge.annotate import Annotator
+from mpa_edge.identify import Identifier, Reidentifier
+from mpa_edge.records import Annotation, Case, Sample
+from mpa_edge.runtime.vlm import Answer
+
+# Number, from 0, and pictures.
+Part = tuple[int, list[Sample]]
+
+
+class Asker(Protocol):
+    """Somebody who has the models at hand. `known` are rows of an earlier attempt; those that did not fail stay."""
+
+    def annotations(self, samples: Sequence[Sample], known: Sequence[Annotation]) -> list[Annotation]:
+        """As `Annotator.annotations`."""
+        ...
+
+    def cases(self, rows: Sequence[Any], pictures: Mapping[str, Path], known: Sequence[Case]) -> list[Case]:
+        """As `Identifier.cases` of annotations, or `Reidentifier.cases` of the first round's cases."""
+        ...
+
+
+Work = Callable[[Asker, Part], None]
+
+
+class Engine(Protocol):
+    """Where asking is done."""
+
+    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Iterator[Part]:
+        """Call `work` with each part and somebody who asks as `asks` would; yield parts as they are done, in any order.
+
+        A part whose `work` raises ends the iteration with that error."""
+        ...
+
+
+@dataclass(frozen=True)
+class Asks:
+    """The asker of this process. Later rounds only identify, and have no annotator."""
+
+    annotator: Annotator | None
+    identifier: Identifier | Reidentifier
+
+    def annotations(self, samples: Sequence[Sample], known: Sequence[Annotation]) -> list[Annotation]:
+        """As `Annotator.annotations`."""
+        assert self.annotator is not None
+        return self.annotator.annotations(samples, known)
+
+    def cases(self, rows: Sequence[Any], pictures: Mapping[str, Path], known: Sequence[Case]) -> list[Case]:
+        """As the identifier's."""
+        return self.identifier.cases(rows, pictures, known)
+
+    def unanswered(self, reason: str) -> Asks:
+        """The same without models and without opening pictures: every answer failed, for this reason."""
+
+        def ask(_: Any, paths: Sequence[Path], *__: Any, **___: Any) -> list[Answer]:
+            return [Answer("", finish_reason="error", error=reason)] * len(paths)
+
+        annotator = self.annotator and replace(self.annotator, ask=ask)
+        return Asks(annotator, replace(self.identifier, ask=ask))
+
+
+class Here:
+    """The local engine."""
+
+    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Iterator[Part]:
+        """As `Engine.each`, in order."""
+        for part in parts:
+            work(asks, part)
+            yield part
