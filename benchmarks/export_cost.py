@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +33,7 @@ from mpa_edge.export.quants import Format
 from mpa_edge.records import write_atomic
 
 OUT = Path(__file__).parent / "results" / "export_cost.json"
-QUANTS = {"gguf": ["q8_0", "q4_k_m"], "onnx": ["q4"]}
+QUANTS: dict[Format, list[str]] = {"gguf": ["q8_0", "q4_k_m"], "onnx": ["q4"], "openvino": ["int8"], "hf": []}
 SAMPLES = 4
 INTERVAL = 0.05
 STATUS = {"rss": "VmRSS", "anonymous": "RssAnon"}
@@ -44,7 +44,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command()
 def main(
     work: Annotated[Path, typer.Option(help="Folder for models and bundles; emptied after.")] = Path("runs/cost"),
-    out: Annotated[Path, typer.Option(help="Where the result goes; models that are not asked for stay in it.")] = OUT,
+    out: Annotated[Path, typer.Option(help="Where the result goes; models that are not asked for stay in it.", show_default=False)] = OUT,
     only: Annotated[str, typer.Option(help="The models whose name holds this text.")] = "",
     formats: Annotated[str, typer.Option(help="Formats to export to.")] = ",".join(QUANTS),
     make: Annotated[str, typer.Option(hidden=True)] = "",
@@ -54,19 +54,19 @@ def main(
     if make:
         write_run(make, work)
         return
-    if one:
+    if one in QUANTS:
         _export(work, one)
         return
     report = json.loads(out.read_bytes()) if out.is_file() else {"models": {}}
     for name in MODELS:
         if only in name:
-            found = measure_model(name, work / name, formats.split(","))
+            found = measure_model(name, work / name, [format for format in QUANTS if format in formats.split(",")])
             kept = report["models"].get(name, {}).get("exports", {})
             report["models"][name] = {**found, "exports": {**kept, **found["exports"]}}
             write_atomic(out, json.dumps(_report(report["models"]), indent=2) + "\n")
 
 
-def measure_model(name: str, run: Path, formats: list[str]) -> dict[str, Any]:
+def measure_model(name: str, run: Path, formats: list[Format]) -> dict[str, Any]:
     """Make the model, and export it to each format."""
     base = run.with_name(f"{run.name}-base")
     subprocess.run(_command(run, "--make", name), check=True)
@@ -134,13 +134,12 @@ def _memory_mb(process: int) -> dict[str, float]:
     return {kind: int(values.get(name, "0 kB").split()[0]) * 1024 / 1e6 for kind, name in STATUS.items()}
 
 
-def _export(run: Path, format: str) -> None:
+def _export(run: Path, format: Format) -> None:
     """An export in this process."""
     from mpa_edge.export.build import export
 
-    assert format in get_args(Format)
     try:
-        export(run, format, QUANTS[format], samples=SAMPLES, progress=typer.echo)  # type: ignore[arg-type]
+        export(run, format, QUANTS[format], samples=SAMPLES, progress=typer.echo)
         typer.echo("whole")
     except ExportError as error:
         typer.echo(f"failed: {error}")

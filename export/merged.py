@@ -136,7 +136,7 @@ def _merge_once(run: Path, student: Path, longest_edge: int | None, progress: Pr
         pass  # not there, or half of it: make it anew
     progress("merge")
     # Out of reach of an `align` that trains the student anew, and of another export that merges it.
-    with RunFolder(run).lock(), Workshop(run) as workshop:
+    with RunFolder(run).lock(None), Workshop(run) as workshop:
         fresh = workshop.folder("merged")
         checks = merge(student, fresh, longest_edge=longest_edge)
         record.unlink(missing_ok=True)

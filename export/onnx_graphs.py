@@ -16,11 +16,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForImageTextToText
 
 from mpa_edge.export.families import family_of, read_config
 from mpa_edge.export.float32_graphs import check_differences, scratch_in
-from mpa_edge.export.merge_weights import in_float32
+from mpa_edge.export.halves import vision_half
+from mpa_edge.export.merge_weights import in_float32, load_model
 from mpa_edge.export.onnx_decoder import decoder_graph, mrope_sections, save_text_model, text_model
 from mpa_edge.export.onnx_save import IR_VERSION, OPSET, open_graph, save_graph
 from mpa_edge.export.onnx_vision import VISION_ENCODERS, reference_features, vision_graph
@@ -130,7 +130,7 @@ def decoder_difference(path: Path, sample: Sample) -> float:
 
 def _save_decoder(merged: Path, scratch: Path, paths: Mapping[str, Path]) -> dict[str, Sample]:
     """Write the token embedding and the decoder; the model is gone before another process builds the latter."""
-    model = _load(merged)
+    model = load_model(merged)
     config = model.config.text_config
     samples = {DECODER: decoder_sample(model), EMBED: embedding_sample(model)}
     save_graph(embedding_graph(model.get_input_embeddings().weight), paths[EMBED])
@@ -143,23 +143,11 @@ def _save_decoder(merged: Path, scratch: Path, paths: Mapping[str, Path]) -> dic
 
 def _save_vision(merged: Path, family: str, path: Path) -> Sample:
     """Write the vision encoder. Last of all: torch holds on to the weights of what it has exported."""
-    model = _load(merged)
-    _drop_text_model(model)
-    encoder = VISION_ENCODERS[family](model.float())
+    model = vision_half(merged)
+    encoder = VISION_ENCODERS[family](model)
     wanted = reference_features(model, encoder).numpy()
     save_graph(vision_graph(encoder), path)
     return Sample({name: tensor.numpy() for name, tensor in encoder.inputs.items()}, wanted)
-
-
-def _load(merged: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(merged, dtype="auto", local_files_only=True).eval()
-
-
-def _drop_text_model(model: Any) -> None:
-    text = text_model(model)
-    delattr(model.model, next(name for name, child in model.model.named_children() if child is text))
-    del model.lm_head
-    gc.collect()
 
 
 def _relative(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:

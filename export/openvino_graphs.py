@@ -12,22 +12,20 @@ so its layout is kept, and OpenVINO's own converter does the work.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import Cache, DynamicLayer
 
 from mpa_edge.errors import ExportError
 from mpa_edge.export.families import family_of, read_config
 from mpa_edge.export.float32_graphs import check_differences
+from mpa_edge.export.halves import text_half, vision_half
+from mpa_edge.export.memory import give_back_memory
 from mpa_edge.export.openvino_vision import MERGER, VISION, VISION_PARTS, Part, QwenPatches
 from mpa_edge.export.quiet import quiet
 from mpa_edge.runtime.openvino import EXACT, WINDOW
@@ -37,6 +35,9 @@ from mpa_edge.runtime.openvino_vision import merger_inputs
 LANGUAGE, EMBED = "language_model", "text_embeddings_model"
 # Positions in the cache of the example that the language model is traced with, and new ones.
 PAST, NEW = 5, 4
+
+# From the folder of the graphs to the difference of one from its origin.
+Check = Callable[[Path], float]
 
 
 def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
@@ -48,17 +49,12 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
     family = family_of(read_config(merged)).name
     folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), quiet():
-        model = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32, local_files_only=True).eval()
-        vision = VISION_PARTS[family](model)
-        for name, part in vision.items():
-            _save(_converted(part, ["last_hidden_state"]), folder, name, part.notes)
-        _save(_embedding(model), folder, EMBED)
-        _save(_language_model(model), folder, LANGUAGE)
-        differences = {
-            VISION: _vision_difference(model, folder, vision),
-            EMBED: _embedding_difference(model, folder),
-            LANGUAGE: _language_difference(model, folder),
-        }
+        # The model is gone before its graphs are opened: they take as much again.
+        checks = {**_export_vision(merged, family, folder), **_export_text(merged, folder)}
+        differences = {}
+        for name, check in checks.items():
+            give_back_memory()
+            differences[name] = check(folder)
     check_differences(differences, "openvino_{}.xml")
     return differences
 
@@ -118,7 +114,7 @@ def _language_model(model: Any) -> ov.Model:
     config = text_model(model).config
     heads, layers = config.num_key_value_heads, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    axes = [3] if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else []
+    axes = [3] if "mrope_section" in _rope(config) else []
     inputs = {
         "inputs_embeds": torch.zeros(2, NEW, config.hidden_size),
         "attention_mask": torch.ones(2, PAST + NEW, dtype=torch.int64),
@@ -189,15 +185,6 @@ def _save(graph: ov.Model, folder: Path, name: str, notes: Mapping[str, int] | N
     for key, value in (notes or {}).items():
         graph.set_rt_info(value, [WINDOW[0], key])
     ov.save_model(graph, graph_path(folder, name), compress_to_fp16=False)
-    _give_back()
-
-
-def _give_back() -> None:
-    """Give freed memory back to the system: what tracing computed in between is gone, yet glibc keeps it (1.4 GB of
-    SmolVLM-256M's)."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def open_graph(folder: Path, name: str) -> ov.CompiledModel:
@@ -205,28 +192,53 @@ def open_graph(folder: Path, name: str) -> ov.CompiledModel:
     return ov.Core().compile_model(graph_path(folder, name), "CPU", EXACT)
 
 
-def _vision_difference(model: Any, folder: Path, parts: Mapping[str, Part]) -> float:
-    if MERGER in parts:
-        return _qwen_vision_difference(model, folder, parts[MERGER])
-    first = parts[VISION].inputs["pixel_values"]
-    pixels = torch.cat([first, first.flip(-1), first.flip(-2)])  # more tiles than the graph was traced with
+def _export_vision(merged: Path, family: str, folder: Path) -> dict[str, Check]:
+    """Write the vision graphs; their check holds no more of the model than some outputs."""
+    model = vision_half(merged)
+    parts = VISION_PARTS[family](model)
+    check = _qwen_vision_check(model, parts[MERGER]) if MERGER in parts else _tiles_check(model, parts[VISION])
+    for name, part in parts.items():
+        _save(_converted(part, ["last_hidden_state"]), folder, name, part.notes)
+    return {VISION: check}
+
+
+def _export_text(merged: Path, folder: Path) -> dict[str, Check]:
+    """As `_export_vision`, the token embedding and the language model."""
+    model = text_half(merged)
+    checks = {EMBED: _embedding_check(model), LANGUAGE: _language_check(model)}
+    _save(_embedding(model), folder, EMBED)
+    _save(_language_model(model), folder, LANGUAGE)
+    return checks
+
+
+def _tiles_check(model: Any, part: Part) -> Check:
+    first = part.inputs["pixel_values"]
+    pixels = torch.cat([first, first.flip(-1), first.flip(-2)])  # more tiles than the graph is traced with
     in_one_picture = pixels[None] if model.config.model_type in ("idefics3", "smolvlm") else pixels
     wanted = _features(model.model.get_image_features(in_one_picture))
-    got = open_graph(folder, VISION)(pixels.numpy())[0]
-    return _difference(got.reshape(wanted.shape), wanted)
+
+    def check(folder: Path) -> float:
+        got = open_graph(folder, VISION)(pixels.numpy())[0]
+        return _difference(got.reshape(wanted.shape), wanted)
+
+    return check
 
 
-def _qwen_vision_difference(model: Any, folder: Path, merger: Part) -> float:
+def _qwen_vision_check(model: Any, merger: Part) -> Check:
     """A picture of 5 x 7 image tokens: more than a window of Qwen2.5-VL, and no whole number of them."""
     rows, columns, merge = 5, 7, model.config.vision_config.spatial_merge_size
     values = QwenPatches(model.model.visual).weight.shape[1]
     pixels = torch.rand(rows * columns * merge**2, values, generator=torch.Generator().manual_seed(0)) * 2 - 1
     grid = torch.tensor([[1, rows * merge, columns * merge]])
     wanted = _features(model.model.get_image_features(pixels, image_grid_thw=grid))
-    patches = open_graph(folder, VISION)(pixels.numpy())[0]
     width, window = merger.inputs["rotary_pos_emb"].shape[1], merger.notes.get(WINDOW[1], 0)
-    feed = merger_inputs(patches, rows, columns, merge, width, window)
-    return _difference(open_graph(folder, MERGER)(feed)[0], wanted)
+
+    def check(folder: Path) -> float:
+        patches = open_graph(folder, VISION)(pixels.numpy())[0]
+        feed = merger_inputs(patches, rows, columns, merge, width, window)
+        return _difference(open_graph(folder, MERGER)(feed)[0], wanted)
+
+    return check
 
 
 def _features(outputs: Any) -> NDArray[np.float32]:
@@ -234,32 +246,40 @@ def _features(outputs: Any) -> NDArray[np.float32]:
     return features
 
 
-def _embedding_difference(model: Any, folder: Path) -> float:
-    weight = model.get_input_embeddings().weight.float().numpy()
+def _embedding_check(model: Any) -> Check:
+    weight = model.get_input_embeddings().weight
     ids = np.linspace(0, len(weight) - 1, 64, dtype=np.int64)[None]
-    return _difference(open_graph(folder, EMBED)(ids)[0][0], weight[ids[0]])
+    wanted = weight[torch.from_numpy(ids[0])].numpy()
+    return lambda folder: _difference(open_graph(folder, EMBED)(ids)[0][0], wanted)
 
 
-def _language_difference(model: Any, folder: Path) -> float:
+def _language_check(model: Any) -> Check:
     """A prompt of random embeddings in one go, then one token, then three on top of its cache."""
     text = text_model(model)
     embeds = torch.randn(1, 28, text.config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
     positions = torch.arange(28)[None]
-    graph = open_graph(folder, LANGUAGE)
-    if graph.input("position_ids").partial_shape.rank.get_length() == 3:  # axes that do not run alike
+    if "mrope_section" in _rope(text.config):  # axes that do not run alike
         positions = torch.stack([positions, positions // 2, positions // 3])
     wanted = model.lm_head(text(inputs_embeds=embeds, position_ids=positions).last_hidden_state)[0].numpy()
-    request = graph.create_infer_request()
-    got = []
-    for start, end in ((0, 24), (24, 25), (25, 28)):
-        feed = {
-            "inputs_embeds": embeds[:, start:end].numpy(),
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": positions[..., start:end].numpy(),
-            "beam_idx": np.zeros(1, np.int32),
-        }
-        got.append(request.infer(feed)["logits"][0])
-    return _difference(np.concatenate(got), wanted)
+
+    def check(folder: Path) -> float:
+        request = open_graph(folder, LANGUAGE).create_infer_request()
+        got = []
+        for start, end in ((0, 24), (24, 25), (25, 28)):
+            feed = {
+                "inputs_embeds": embeds[:, start:end].numpy(),
+                "attention_mask": np.ones((1, end), np.int64),
+                "position_ids": positions[..., start:end].numpy(),
+                "beam_idx": np.zeros(1, np.int32),
+            }
+            got.append(request.infer(feed)["logits"][0])
+        return _difference(np.concatenate(got), wanted)
+
+    return check
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
 
 
 def _difference(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:

@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import onnx
 
 from mpa_edge.bundle import File, Role, describe_file
 from mpa_edge.errors import InputError
+from mpa_edge.export.apart import export_apart
 from mpa_edge.export.float32_graphs import graphs_once, scratch_in
 from mpa_edge.export.model_files import CONFIG, read_json, write_json
 from mpa_edge.export.onnx_features import feature_error
-from mpa_edge.export.onnx_graphs import DECODER, EMBED, VISION, export_graphs
+from mpa_edge.export.onnx_graphs import DECODER, EMBED, VISION
 from mpa_edge.export.onnx_processor import write_processor
 from mpa_edge.export.onnx_quantize import PRECISIONS, Precision, convert
 
@@ -52,7 +54,7 @@ def to_onnx(
     with ExitStack() as stack:
         if graphs is None:
             graphs = Path(stack.enter_context(scratch_in(folder)))
-        differences = graphs_once(merged, graphs, export_graphs)
+        differences = graphs_once(merged, graphs, partial(export_apart, "mpa_edge.export.onnx_graphs"))
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
         for name, precision in precisions.items():
             _write_graph(graphs / f"{name}.onnx", folder / _path(name, precision), precision)

@@ -13,15 +13,17 @@ import shutil
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpa_edge.bundle import Bundle, File, Role, describe_file
 from mpa_edge.errors import ExportError, InputError
+from mpa_edge.export.apart import export_apart
 from mpa_edge.export.float32_graphs import graphs_once, scratch_in
 from mpa_edge.export.model_files import CONFIG, read_json, write_json
 from mpa_edge.export.onnx_processor import write_processor
-from mpa_edge.export.openvino_graphs import EMBED, LANGUAGE, export_graphs, graph_path
+from mpa_edge.export.openvino_graphs import EMBED, LANGUAGE, graph_path
 from mpa_edge.export.openvino_vision import MERGER, VISION
 from mpa_edge.export.quiet import quiet
 from mpa_edge.runtime.openvino_library import ov
@@ -70,7 +72,7 @@ def to_openvino(
     with ExitStack() as stack:
         if graphs is None:
             graphs = Path(stack.enter_context(scratch_in(folder)))
-        differences = graphs_once(merged, graphs, export_graphs)
+        differences = graphs_once(merged, graphs, partial(export_apart, "mpa_edge.export.openvino_graphs"))
         names = [name for name in ROLES if graph_path(graphs, name).is_file()]
         for name in names:
             _write_graph(graphs, folder, name, PRECISIONS[quant])

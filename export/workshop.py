@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -11,11 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+from mpa_edge.disk import is_full
 from mpa_edge.errors import ExportError, InputError, RunError
 
 LOCK, OLD = ".export.lock", "-old"
-# What a full disk is called where it is no `OSError` with a number: by Rust and C, and by numpy.
-FULL = re.compile(rf"{re.escape(os.strerror(errno.ENOSPC))}|\d+ requested and \d+ written")
 
 
 class Workshop:
@@ -48,7 +46,7 @@ class Workshop:
         for left in self._root.glob(f".*.{os.getpid()}.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         self._held.close()
-        if _says_full(error):
+        if is_full(error):
             raise ExportError(
                 f"--out {self._root}: no space left on its disk; what was begun is removed. Make room, or choose "
                 "another --out"
@@ -73,15 +71,6 @@ class Workshop:
             left.rename(target)
         else:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _says_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is that of a full disk."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _locked(path: Path) -> IO[str]:
