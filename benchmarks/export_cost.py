@@ -44,7 +44,9 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command()
 def main(
     work: Annotated[Path, typer.Option(help="Folder for models and bundles; emptied after.")] = Path("runs/cost"),
-    out: Annotated[Path, typer.Option(help="Where the result goes; models that are not asked for stay in it.", show_default=False)] = OUT,
+    out: Annotated[
+        Path, typer.Option(help="Where the result goes; models that are not asked for stay in it.", show_default=False)
+    ] = OUT,
     only: Annotated[str, typer.Option(help="The models whose name holds this text.")] = "",
     formats: Annotated[str, typer.Option(help="Formats to export to.")] = ",".join(QUANTS),
     make: Annotated[str, typer.Option(hidden=True)] = "",
