@@ -35,6 +35,7 @@ from mpa_edge.benchmarks.verdict import pareto, verdict
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Questions, read_questions, stratified
+from mpa_edge.lock import locked
 from mpa_edge.records import write_atomic, write_rows
 from mpa_edge.tasks import Task, task_named, task_of_bundle
 
@@ -47,8 +48,14 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
     """Measure and write the report; returns the path of report.json, beside which lie report.html and report.md.
 
     `say(variant, phase, done, of)` hears of the progress; without it a terminal shows bars. A variant that fails is in
-    the report with its reason. Raises `InputError` for data, models or flags that cannot be used.
+    the report with its reason. Raises `InputError` for data, models or flags that cannot be used, and `RunLocked` when
+    another process works in the report's folder.
     """
+    with locked(config.report, "--report"):
+        return _bench(config, say)
+
+
+def _bench(config: BenchConfig, say: Say | None) -> Path:
     before = earlier(config.compare) if config.compare else None  # read first: it may be the file that we write
     variants = variants_of(config.bundles, config.baselines)
     task = task_of(config, variants)

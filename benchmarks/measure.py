@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def run_worker(name: str, job: Job, folder: Path, say: Say) -> str | None:
         finally:  # Ctrl-C, or a broken display: a model left running would spoil the next variant's timings
             process.kill()
             process.wait()
+            hang_up(process)
     return None if code == 0 else failure(code, folder)
 
 
@@ -103,13 +105,22 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def send(process: subprocess.Popen[bytes], text: str) -> None:
-    """Hand the job over; a worker that is gone already says why in its exit code."""
+    """Hand the job over, and leave the pipe open: its end tells the worker that we are gone. A worker that is gone
+    already says why in its exit code."""
     assert process.stdin is not None
     try:
-        process.stdin.write(text.encode())
-        process.stdin.close()
+        process.stdin.write(text.encode() + b"\n")
+        process.stdin.flush()
     except BrokenPipeError:
         pass
+
+
+def hang_up(process: subprocess.Popen[bytes]) -> None:
+    """Close our ends of the pipes; what a worker that is gone did not read is lost anyway."""
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with suppress(BrokenPipeError):
+            pipe.close()
 
 
 def relay(process: subprocess.Popen[bytes], name: str, say: Say) -> None:

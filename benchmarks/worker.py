@@ -1,4 +1,4 @@
-"""One variant in a process of its own: `python -m mpa_edge.benchmarks.worker FOLDER < job.json`.
+"""One variant in a process of its own: `python -m mpa_edge.benchmarks.worker FOLDER < job.json`, the job on one line.
 
 The job holds pictures and prompts, never labels. Latency is measured first, one picture at a time, and the peak of
 memory is read right after it; then come the answers of the accuracy part, several at once.
@@ -8,12 +8,16 @@ Every answer is on disk at once, so an interrupted job goes on where it was. `jo
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -52,7 +56,7 @@ def main(folder: Path, source: IO[str], out: IO[str]) -> int:
         out.write(json.dumps({"phase": phase, "done": done, "of": of}) + "\n")
         out.flush()
 
-    job = Job.from_json(json.load(source))
+    job = Job.from_json(json.loads(source.readline()))
     (folder / ERROR).unlink(missing_ok=True)
     try:
         say("load", 0, 1)
@@ -72,6 +76,19 @@ def main(folder: Path, source: IO[str], out: IO[str]) -> int:
             raise
         return 1
     return 0
+
+
+def end_with_whoever_started_us() -> None:
+    """End this process as soon as the one that started it is gone, however that died: it holds the other end of our
+    standard input. Left alone, we would spoil the timings, and write between the rows, of whoever comes next."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def open_variant(job: Job) -> Vlm:
@@ -196,4 +213,6 @@ def answer_batch(vlm: Vlm, part: Sequence[Ask], decoding: Decoding) -> list[Row]
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.stdin, sys.stdout))
+    asked = StringIO(sys.stdin.readline())
+    end_with_whoever_started_us()
+    sys.exit(main(Path(sys.argv[1]), asked, sys.stdout))

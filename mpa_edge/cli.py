@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mpa_edge import __version__
+from mpa_edge import __version__, edge
 from mpa_edge.benchmarks.settings import BenchOptions
 from mpa_edge.config import AlignConfig
-from mpa_edge.errors import AGAIN, MpaEdgeError
+from mpa_edge.edge import resumable
 from mpa_edge.export.quants import DEFAULTS, QUANTS
 from mpa_edge.options import given, options_of
 from mpa_edge.ranks import is_main
@@ -62,16 +59,6 @@ def _root(
     """Global options."""
 
 
-@contextmanager
-def _resumable() -> Iterator[None]:
-    """Turn Ctrl-C into one line that says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(_told(f"\nStopped. What is finished is kept: {AGAIN} to go on."), err=True)
-        raise typer.Exit(130) from None
-
-
 @app.command(
     epilog="Example: mpa-edge align --images photos/ --teacher Qwen/Qwen2-VL-7B-Instruct "
     "--student HuggingFaceTB/SmolVLM-500M-Instruct --task textvqa --out runs/shop",
@@ -89,7 +76,7 @@ def align(
     Type the same command again after an interruption: it goes on where it was.
     """
     config = AlignConfig(**given(options))
-    with _resumable():
+    with resumable():
         if plan:
             from mpa_edge.plan import plan_align
 
@@ -152,7 +139,7 @@ def export(
 
     _check_push(format, push, public, dry_run)
     options = Options(mmproj=mmproj, quantize_vision=quantize_vision, data=data, limit=limit, repo=push)
-    with _resumable():
+    with resumable():
         made = run_export(
             source or _newest_run(),
             format.value,
@@ -345,7 +332,7 @@ def bench(
     from mpa_edge.benchmarks.outcome import outcome
 
     config = BenchConfig(bundles=tuple(map(str, bundles or ())), baselines=tuple(baseline or ()), **given(options))
-    with _resumable():
+    with resumable():
         path = run_bench(config)
     lines, code = outcome(path)
     typer.echo("\n".join([*lines, f"report: {path.with_suffix('.html')}"]))
@@ -363,23 +350,14 @@ def demo(
     """The whole road on the reference pair, offline: align, export, bench, report. Ten minutes on two cores."""
     from mpa_edge.demo import demo as run_demo
 
-    with _resumable():
+    with resumable():
         typer.echo(f"report: {run_demo(out, fresh=fresh).with_suffix('.html')}")
 
 
 def main() -> None:
     """Entry point: library errors become one clean line and exit code 1; a bug keeps its traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    try:
-        app()
-    except MpaEdgeError as error:
-        typer.echo(f"error: {_told(str(error))}", err=True)
-        sys.exit(1)
-
-
-def _told(text: str) -> str:
-    """What was typed with --fresh must not be typed again with it: that would delete what is finished."""
-    return text.replace(AGAIN, f"{AGAIN}, without --fresh,") if "--fresh" in sys.argv else text
+    edge.run(app)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,9 @@ class FingerprintMismatch(RunError):
 class RunLocked(RunError):
     """Another process works in the folder."""
 
-    def __init__(self, folder: object) -> None:
-        super().__init__(f"{folder} is in use by another mpa-edge process. Wait for it, or choose another --out.")
+    def __init__(self, folder: object, flag: str | None = "--out") -> None:
+        instead = f", or choose another {flag}" if flag else ""
+        super().__init__(f"{folder} is in use by another mpa-edge process. Wait for it{instead}.")
 
 
 class ModelError(MpaEdgeError, RuntimeError):

@@ -17,7 +17,6 @@ one machine; a GPU may round a training step differently from one time to the ne
 
 from __future__ import annotations
 
-import fcntl
 import json
 import platform
 import re
@@ -25,19 +24,18 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from mpa_edge import __version__
-from mpa_edge.errors import InputError, RunError, RunLocked
-from mpa_edge.parts import sweep
+from mpa_edge.errors import RunError
+from mpa_edge.lock import locked
 from mpa_edge.records import write_atomic
 from mpa_edge.versions import installed
 
-LOCK = ".lock"
 # What a run and its exports leave, besides the rounds before the last one.
 DERIVED = (
     *("samples.jsonl", "skipped.jsonl", "annotations", "cases", "collapsed.jsonl", "parity.jsonl", "student"),
@@ -119,24 +117,9 @@ class RunFolder(RoundFolder):
         """The page that shows what was kept and dropped."""
         return self.path / "audit.html"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes out of the folder; `RunLocked` when one is in it.
-
-        The lock is the kernel's (flock): it ends with the process that holds it, however that dies.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / LOCK).open("w")
-        except OSError as error:
-            raise InputError(f"--out {self.path}: cannot be written ({error.strerror})") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunLocked(self.path) from None
-            sweep(self.path)
-            yield
+    def lock(self, flag: str | None = "--out") -> AbstractContextManager[None]:
+        """Keep other processes out of the folder; see `locked`."""
+        return locked(self.path, flag)
 
     def clear(self) -> None:
         """Delete what earlier runs left here, and what exports made of it, and nothing else. Pictures that a scan

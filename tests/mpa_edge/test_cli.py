@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from mpa_edge import cli
 from mpa_edge.cli import app
 from mpa_edge.config import AlignConfig
+from mpa_edge.edge import resumable
 from mpa_edge.errors import BudgetSpent
 from mpa_edge.options import given, options_of
 from mpa_edge.tasks import TASKS
@@ -106,7 +107,7 @@ def test_what_was_typed_with_fresh_is_not_to_be_typed_again_with_it(
     monkeypatch.setattr(cli, "app", spend)
     with pytest.raises(SystemExit):
         cli.main()
-    with pytest.raises(typer.Exit), cli._resumable():
+    with pytest.raises(SystemExit), resumable():
         raise KeyboardInterrupt
     told = capsys.readouterr().err
     assert told.count("type the same command again, without --fresh, to go on" if fresh else "again to go on") == 2
