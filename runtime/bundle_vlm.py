@@ -32,9 +32,9 @@ class BundleVlm:
     Threads may share it: one question is answered at a time, from its first step to its last, and the others wait.
     Only streams give the model free between two pieces, see `AnswerStream`. `close` waits for a running answer.
 
-    The vision features of recent pictures, up to `cache_mb` megabytes, and the last picture's place in the key-value
-    cache are kept for further questions; answers are the same to the bit. 0 keeps nothing, so that every question takes
-    its full time: benchmarks of latency want that.
+    The vision features of the last 32 pictures, up to `cache_mb` megabytes, and the last picture's place in the
+    key-value cache are kept for further questions; answers are the same to the bit. 0 keeps nothing, so that every
+    question takes its full time: benchmarks of latency want that.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer, *, cache_mb: int = CACHE_MB) -> None:
@@ -156,7 +156,8 @@ class BundleVlm:
         image, context = self.bundle.image, self.bundle.prompt.context_length
         seen = sum(self.family.image_tokens(cut.rows, cut.columns, image) for cut in picture.cuts)
         # What does not fit is not even written out: that could take memory without end.
-        tokens = self.prompts.conversation(turns, self._layouts(picture)) if seen < context else None
+        fits = seen < context and not self.prompts.exceeds(turns, context)
+        tokens = self.prompts.conversation(turns, self._layouts(picture)) if fits else None
         if tokens is None or self.room(tokens) <= 0:
             taken = f"{len(tokens)} of {context}" if tokens else f"more than the {context}"
             raise InputError(
@@ -177,11 +178,12 @@ class BundleVlm:
         picture = self.see(images)
         return self.tokens([_turn(prompt, len(images))], picture), picture
 
-    def logits(self, images: Sequence[Image], prompt: str) -> Logits:
-        """Logits (positions, vocabulary) at every position of the prompt, for comparison with another engine."""
+    def logits(self, images: Sequence[Image], prompt: str, begun: Sequence[int] = ()) -> Logits:
+        """Logits (positions, vocabulary) at every position of the prompt and of an answer that has `begun`, for
+        comparison with another engine."""
         tokens, picture = self.prepare(images, prompt)
         with self.lock:
-            return self.reader.read_all(tokens, picture)
+            return self.reader.read_all([*tokens, *begun], picture)
 
     @property
     def reader(self) -> Reader:

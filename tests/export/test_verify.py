@@ -13,6 +13,7 @@ import pytest
 from mpa_edge.bundle import Bundle
 from mpa_edge.errors import ExportError
 from mpa_edge.export.samples import synthetic_questions
+from mpa_edge.export.tolerance import TOLERANCE
 from mpa_edge.export.verify import Reference, ask_reference, verify
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.bundle_vlm import BundleVlm
@@ -71,6 +72,28 @@ def test_one_near_tie_is_no_proof_and_two_are(folder: Path, manifest: Bundle, re
     assert outcome(folder, manifest, wrong_answers(reference, 1))["token_agreement"] == pytest.approx(5 / 6, abs=1e-3)
     with pytest.raises(ExportError, match="4 of 6"):
         outcome(folder, manifest, wrong_answers(reference, 2))
+
+
+@pytest.mark.parametrize(("tolerance", "ties"), [(0.0, 0), (100.0, 3)])
+def test_what_rounding_may_turn_is_no_proof(
+    folder: Path,
+    manifest: Bundle,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    tolerance: float,
+    ties: int,
+) -> None:
+    monkeypatch.setitem(TOLERANCE["llama.cpp"], "f16", tolerance)
+    answers = wrong_answers(reference, 3)
+    if not ties:
+        with pytest.raises(ExportError, match="to 3 of 6 questions, at least 5"):
+            outcome(folder, manifest, answers)
+        return
+    found = outcome(folder, manifest, answers)
+    assert (found["near_ties"], found["token_agreement"]) == (ties, 0.5)
+    # Garbage is not excused by a distribution that is flat.
+    with pytest.raises(ExportError, match="to 0 of 6 questions and to 6 one that is hardly less likely"):
+        outcome(folder, manifest, wrong_answers(reference, 6))
 
 
 def test_four_bits_may_differ_but_not_be_garbage(folder: Path, manifest: Bundle, reference: Reference) -> None:
