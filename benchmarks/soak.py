@@ -6,9 +6,8 @@ The reference student in GGUF and in ONNX, each in a process of its own. Every p
 its own, and asked two questions; `rss_mb` is the process's resident memory after so many pictures, and `growth` what
 the last adds to that after the first 50, as a fraction.
 
-Features of recent pictures are kept on purpose, up to `cache_mb`. In the first run of each bundle that is so little
-that it is full after 50 pictures, and what grows then is lost; the second is with the default, which takes hundreds of
-pictures to fill.
+Everything is as by default: the runtime keeps features of the last 32 pictures, so that its cache is full long before
+the fiftieth, and what grows then is lost.
 """
 
 from __future__ import annotations
@@ -34,13 +33,11 @@ from mpa_edge.benchmarks.runtime_turns import QUESTIONS, megabytes
 from mpa_edge.benchmarks.world import POOL_SEEDS, World, draw_picture
 from mpa_edge.records import write_atomic
 from mpa_edge.runtime import load
-from mpa_edge.runtime.bundle_vlm import CACHE_MB
 
 OUT = Path(__file__).parent / "results" / "soak.json"
 QUANTS = {"gguf": ("q8_0",), "onnx": ("int8",)}
 SETTLED = 50  # pictures after which nothing should grow any more
 EVERY = 50
-FULL_MB = 1  # some thirty of the reference student's pictures
 EDGES = (40, 800)  # of the pictures, in pixels
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -54,36 +51,34 @@ def main(
     ] = None,
     pictures: Annotated[int, typer.Option(help="Pictures per bundle.", min=SETTLED)] = 1000,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine. Default: all cores.")] = None,
-    one: Annotated[int | None, typer.Option(hidden=True)] = None,
     files: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure each bundle and write the figures."""
-    if one is not None and bundle and files:
-        typer.echo(json.dumps(soak(bundle[0], sorted(files.iterdir()), cache_mb=one, threads=threads)))
+    if bundle and files:
+        typer.echo(json.dumps(soak(bundle[0], sorted(files.iterdir()), threads=threads)))
         return
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         drawn = write_pictures(Path(scratch) / "pictures", pictures)
         for folder in bundle or write_bundles(STUDENT, Path(scratch), QUANTS).values():
-            for cache_mb in (FULL_MB, CACHE_MB):
-                found.append(_in_a_process(folder, drawn, cache_mb, threads))
-                typer.echo(told(found[-1]))
+            found.append(_in_a_process(folder, drawn, threads))
+            typer.echo(told(found[-1]))
     result = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m mpa_edge.benchmarks.soak",
         "host": host(),
         "load": round(os.getloadavg()[0], 2),
-        "growth": {row["bundle"]: row["growth"] for row in found if row["cache_mb"] == FULL_MB},
+        "growth": {row["bundle"]: row["growth"] for row in found},
         "runs": found,
     }
     write_atomic(out, json.dumps(result, indent=2) + "\n")
 
 
-def soak(folder: Path, pictures: Sequence[Path], *, cache_mb: int, threads: int | None = None) -> dict[str, Any]:
+def soak(folder: Path, pictures: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
     """Ask about pictures in this process; `rss_mb` by the number of pictures so far."""
     rss: dict[int, float | None] = {}
     start = time.perf_counter()
-    with load(folder, device="cpu", threads=threads, cache_mb=cache_mb) as vlm:
+    with load(folder, device="cpu", threads=threads) as vlm:
         rss[0] = megabytes(resident_bytes())
         for number, path in enumerate(pictures, 1):
             for question in QUESTIONS:
@@ -93,7 +88,6 @@ def soak(folder: Path, pictures: Sequence[Path], *, cache_mb: int, threads: int 
     first, last = rss[SETTLED], rss[len(pictures)]
     return {
         "bundle": folder.name,
-        "cache_mb": cache_mb,
         "pictures": len(pictures),
         "seconds": round(time.perf_counter() - start, 1),
         "growth": round(last / first - 1, 4) if first and last else None,
@@ -115,12 +109,12 @@ def told(row: dict[str, Any]) -> str:
     """One run in a line, with the curve: `… 0: 80 MB, 50: 91 MB, 100: 91 MB`."""
     curve = ", ".join(f"{number}: {mb:.0f} MB" for number, mb in row["rss_mb"].items() if mb is not None)
     growth = "unknown" if row["growth"] is None else f"{row['growth']:+.1%}"
-    return f"{row['bundle']}, {row['cache_mb']} MB kept at most: {growth} since picture {SETTLED}; {curve}"
+    return f"{row['bundle']}: {growth} since picture {SETTLED}; {curve}"
 
 
-def _in_a_process(folder: Path, pictures: Path, cache_mb: int, threads: int | None) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mpa_edge.benchmarks.soak", "--one", str(cache_mb), "--bundle", str(folder)]
-    command += ["--files", str(pictures), *(["--threads", str(threads)] if threads else [])]
+def _in_a_process(folder: Path, pictures: Path, threads: int | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "mpa_edge.benchmarks.soak", "--bundle", str(folder), "--files", str(pictures)]
+    command += ["--threads", str(threads)] if threads else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -24,7 +24,7 @@ from mpa_edge.runtime.bundle_vlm import CACHE_MB, BundleVlm
 from mpa_edge.runtime.families import family_of_bundle
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.look import View
-from mpa_edge.runtime.prompts import Turn, read_tokenizer
+from mpa_edge.runtime.prompts import Turn, id_of, read_tokenizer
 from mpa_edge.runtime.vlm import Answer, Decoding, Timings, Vlm
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 # Engine of the manifest -> our module, the library it stands on, its name on PyPI, and the extra that installs it.
-# Each module offers `open_engine(folder: Path, bundle: Bundle, threads: int, device: str) -> Engine`.
+# Each module offers `open_engine(folder: Path, bundle: Bundle, image_token: int, threads: int, device: str) -> Engine`.
 ENGINES = {
     "llama.cpp": ("mpa_edge.runtime.llamacpp", "llama_cpp", "llama-cpp-python", "gguf"),
     "onnxruntime": ("mpa_edge.runtime.onnx", "onnxruntime", "onnxruntime", "onnx"),
@@ -105,8 +105,14 @@ def open_bundle(
     except ModuleNotFoundError as error:
         raise MissingExtra(package, extra) from error
     tokenizer = read_tokenizer(bundle.path_of(folder, "tokenizer"))
-    engine = importlib.import_module(module).open_engine(folder, bundle, threads or usable_cores(), device.lower())
-    return BundleVlm(bundle, engine, tokenizer, cache_mb=cache_mb)
+    image_token = id_of(tokenizer, bundle.prompt.image_token)
+    opened = importlib.import_module(module).open_engine
+    engine = opened(folder, bundle, image_token, threads or usable_cores(), device.lower())
+    try:
+        return BundleVlm(bundle, engine, tokenizer, cache_mb=cache_mb)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def usable_cores() -> int:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpa_edge.bundle import Bundle, one_line
-from mpa_edge.errors import BundleError, ModelError
+from mpa_edge.bundle import one_line
+from mpa_edge.errors import ModelError
 from mpa_edge.runtime.engine import Features, Logits, Positions
-from mpa_edge.runtime.prompts import read_tokenizer
 
 # Tiles that go through the vision encoder together: attention over more of them takes memory and no less time.
 TILES_AT_ONCE = 4
@@ -95,14 +93,6 @@ class EmbeddingEngine:
     def _step(self, embeds: Features, keep: int, positions: Positions | None = None) -> Logits:
         """Read embeddings on top of the cache; the logits of the last `keep` positions, of all for 0."""
         raise NotImplementedError
-
-
-def image_token_of(folder: Path, bundle: Bundle) -> int:
-    """The id of the bundle's image token; `BundleError` where its tokenizer has none."""
-    token = read_tokenizer(bundle.path_of(folder, "tokenizer")).token_to_id(bundle.prompt.image_token)
-    if token is None:
-        raise BundleError(f"the tokenizer has no token {bundle.prompt.image_token!r}")
-    return int(token)
 
 
 @contextmanager

@@ -42,13 +42,13 @@ PAIR: tuple[Role, Role] = ("language_model", "mmproj")
 _NO_LOG = llama.llama_log_callback(lambda level, text, data: None)
 
 
-def open_engine(folder: Path, bundle: Bundle, threads: int, device: str = "auto") -> LlamaCpp:
+def open_engine(folder: Path, bundle: Bundle, image_token: int, threads: int, device: str = "auto") -> LlamaCpp:
     """Load the pair of GGUF files that the manifest names.
 
     `device` is `cpu`; `cuda`, `metal`, `vulkan` or `gpu` for what this build of llama.cpp offloads to; `auto` for that
     where it does, else the CPU. Raises `InputError` when it offloads to nothing.
     """
-    return LlamaCpp(folder, bundle, threads, offload=_offloads(device))
+    return LlamaCpp(folder, bundle, image_token, threads, offload=_offloads(device))
 
 
 class LlamaCpp:
@@ -56,9 +56,9 @@ class LlamaCpp:
 
     name = "llama.cpp"
 
-    def __init__(self, folder: Path, bundle: Bundle, threads: int, *, offload: bool = True) -> None:
+    def __init__(self, folder: Path, bundle: Bundle, image_token: int, threads: int, *, offload: bool = True) -> None:
         """Load the pair, and compute on an accelerator where `offload` is on and there is one; `BundleError` when
-        llama.cpp refuses one of the files."""
+        llama.cpp refuses one of the files, or knows the image token by another id than `image_token`."""
         language_model, mmproj = (bundle.path_of(folder, role) for role in PAIR)
         silence()
         llama.llama_backend_init()
@@ -78,13 +78,14 @@ class LlamaCpp:
             self._in_order = class_token_first(mmproj) if self._family.name == "llava" else None
             tile_tokens = self._family.tile_tokens(self._image)
             self._mtmd = _load_mmproj(mmproj, self._model, tile_tokens, threads, offload, self._in_order)
+            vocabulary = llama.llama_model_get_vocab(self._model)
+            _check_token(vocabulary, bundle.prompt.image_token, image_token, language_model)
         except BaseException:
             self.close()
             raise
-        vocabulary = llama.llama_model_get_vocab(self._model)
         self._vocabulary_size = llama.llama_vocab_n_tokens(vocabulary)
         self._hidden = llama.llama_model_n_embd_inp(self._model)
-        self._image_token_id = _token_id(vocabulary, bundle.prompt.image_token, language_model)
+        self._image_token_id = image_token
 
     def encode(self, cut: Cut) -> Features:
         """See `Engine.encode`."""
@@ -319,13 +320,15 @@ def _load_mmproj(
     return context
 
 
-def _token_id(vocabulary: Any, token: str, path: Path) -> int:
+def _check_token(vocabulary: Any, token: str, number: int, path: Path) -> None:
+    """`BundleError` unless the vocabulary has the token, and under this id."""
     text = token.encode()
     found = (llama.llama_token * 2)()
     count = llama.llama_tokenize(vocabulary, text, len(text), found, 2, False, True)
     if count != 1:
         raise BundleError(f"{path}: its vocabulary does not have {token!r} as one token")
-    return int(found[0])
+    if found[0] != number:
+        raise BundleError(f"{path}: {token!r} is its token {found[0]}, and token {number} of tokenizer.json")
 
 
 def silence() -> None:

@@ -48,8 +48,12 @@ class Picture:
         return digest.digest()
 
 
+# Who asks again asks about one of the last few pictures; of a small model, 64 MB would hold thousands.
+MOST_PICTURES = 32
+
+
 class FeatureCache:
-    """Features of the pictures that were used last, at most so many bytes of them; the oldest go first."""
+    """Features of the `MOST_PICTURES` pictures that were used last, at most so many bytes; the oldest go first."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -68,7 +72,7 @@ class FeatureCache:
             return
         self._kept[key] = features
         self.bytes += features.nbytes
-        while self.bytes > self.limit:
+        while self.bytes > self.limit or len(self._kept) > MOST_PICTURES:
             self.bytes -= self._kept.popitem(last=False)[1].nbytes
 
 

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from mpa_edge.bundle import Bundle, Role, one_line
 from mpa_edge.errors import BundleError, InputError
-from mpa_edge.runtime.embedding import TILES_AT_ONCE, EmbeddingEngine, Place, image_token_of, running, shaped
+from mpa_edge.runtime.embedding import TILES_AT_ONCE, EmbeddingEngine, Place, running, shaped
 from mpa_edge.runtime.engine import Features, Logits, Positions
 from mpa_edge.runtime.families import Cut, family_of_bundle
 
@@ -28,12 +28,21 @@ PROVIDERS = {
 }
 # Providers with a memory of their own, by ONNX Runtime's name of it.
 MEMORY = {CUDA: "cuda", TENSORRT: "cuda", "DmlExecutionProvider": "dml"}
+# The build of ONNX Runtime on PyPI that has a provider; a Jetson's wheels come from NVIDIA, see the README.
+PACKAGES = {
+    CUDA: "onnxruntime-gpu",
+    TENSORRT: "onnxruntime-gpu",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    "DmlExecutionProvider": "onnxruntime-directml",
+}
 HALF = ("fp16", "q4f16")
 # What transformers.js calls an input of Qwen2-VL's (not Qwen2.5-VL's) vision encoder -> the processor's name for it.
 OTHER_NAMES = {"grid_thw": "image_grid_thw"}
 
 
-def open_engine(folder: Path, bundle: Bundle, threads: int | None = None, device: str = "auto") -> OnnxEngine:
+def open_engine(
+    folder: Path, bundle: Bundle, image_token: int, threads: int | None = None, device: str = "auto"
+) -> OnnxEngine:
     """The engine of an ONNX bundle; see `OnnxEngine`.
 
     `device` is a key of `PROVIDERS`; `auto` is CUDA for a bundle in half precision where this ONNX Runtime has it, else
@@ -43,11 +52,11 @@ def open_engine(folder: Path, bundle: Bundle, threads: int | None = None, device
         device = "cuda" if bundle.quantization in HALF and CUDA in ort.get_available_providers() else "cpu"
     if device not in PROVIDERS:
         raise InputError(f"--device {device}: ONNX Runtime knows auto, {', '.join(PROVIDERS)}")
-    return OnnxEngine(folder, bundle, threads, providers=PROVIDERS[device])
+    return OnnxEngine(folder, bundle, image_token, threads, providers=PROVIDERS[device])
 
 
 class OnnxEngine(EmbeddingEngine):
-    """See `Engine`. `threads` None leaves the number to ONNX Runtime.
+    """See `Engine`. `threads` None leaves the number to ONNX Runtime; `image_token` is that token's id.
 
     `providers` are ONNX Runtime's execution providers in order of preference; the key-value cache stays in the memory
     of the first one. Raises `BundleError` for a graph that cannot be loaded and `InputError` for a provider that is not
@@ -57,16 +66,20 @@ class OnnxEngine(EmbeddingEngine):
     name = "onnxruntime"
 
     def __init__(
-        self, folder: Path, bundle: Bundle, threads: int | None = None, *, providers: Sequence[str] = (CPU,)
+        self,
+        folder: Path,
+        bundle: Bundle,
+        image_token: int,
+        threads: int | None = None,
+        *,
+        providers: Sequence[str] = (CPU,),
     ) -> None:
-        missing = sorted(set(providers) - set(ort.get_available_providers()))
-        if missing:
-            raise InputError(f"{missing[0]} is not in this ONNX Runtime: {', '.join(ort.get_available_providers())}")
+        _check_providers(providers)
         self.device = providers[0]
         self._memory = MEMORY.get(providers[0], "cpu")
         self._image = bundle.image
         self._family = family_of_bundle(bundle)
-        self._image_token = image_token_of(folder, bundle)
+        self._image_token = image_token
         # The embedding is one table look-up; more threads would only wait for each other.
         self._embedding = _session(bundle, folder, "embed_tokens", 1, (CPU,))
         self._vision = _session(bundle, folder, "vision_encoder", threads, providers)
@@ -147,6 +160,16 @@ class OnnxEngine(EmbeddingEngine):
             binding.bind_output(name, "cpu" if name == "logits" else self._memory)
         self._decoder.run_with_iobinding(binding)
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+
+def _check_providers(wanted: Sequence[str]) -> None:
+    """`InputError` with the cure for one that is not in this build of ONNX Runtime: all builds share one module, so
+    that a second one beside the first breaks both."""
+    missing = sorted(set(wanted) - set(ort.get_available_providers()))
+    if missing:
+        package = PACKAGES.get(missing[0])
+        cure = f". Run: pip uninstall onnxruntime && pip install {package}" if package else ""
+        raise InputError(f"{missing[0]} is not in this ONNX Runtime: {', '.join(ort.get_available_providers())}{cure}")
 
 
 def _numpy_type(value: Any) -> type[Any]:

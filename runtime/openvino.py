@@ -10,7 +10,7 @@ import numpy as np
 
 from mpa_edge.bundle import Bundle, QwenVlImages, Role, one_line
 from mpa_edge.errors import BundleError, InputError
-from mpa_edge.runtime.embedding import TILES_AT_ONCE, EmbeddingEngine, Place, image_token_of, running, shaped
+from mpa_edge.runtime.embedding import TILES_AT_ONCE, EmbeddingEngine, Place, running, shaped
 from mpa_edge.runtime.engine import Features, Logits, Positions
 from mpa_edge.runtime.families import Cut, family_of_bundle
 from mpa_edge.runtime.openvino_library import opset13, ov
@@ -25,13 +25,15 @@ INT64_MAX = 2**63 - 1
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
-def open_engine(folder: Path, bundle: Bundle, threads: int | None = None, device: str = "auto") -> OpenVinoEngine:
+def open_engine(
+    folder: Path, bundle: Bundle, image_token: int, threads: int | None = None, device: str = "auto"
+) -> OpenVinoEngine:
     """The engine of an OpenVINO bundle; see `OpenVinoEngine`. `auto` is the CPU, which export verified."""
-    return OpenVinoEngine(folder, bundle, threads, device="CPU" if device == "auto" else device.upper())
+    return OpenVinoEngine(folder, bundle, image_token, threads, device="CPU" if device == "auto" else device.upper())
 
 
 class OpenVinoEngine(EmbeddingEngine):
-    """See `Engine`. `threads` None leaves the number to OpenVINO.
+    """See `Engine`. `threads` None leaves the number to OpenVINO; `image_token` is that token's id.
 
     `device` is OpenVINO's name of one (GPU, GPU.1, NPU) or of a way to use several (AUTO:GPU,CPU, HETERO:GPU,CPU): CPU
     by default, the only one that export verified; on others, which compute in half precision, answers may differ.
@@ -41,12 +43,14 @@ class OpenVinoEngine(EmbeddingEngine):
 
     name = "openvino"
 
-    def __init__(self, folder: Path, bundle: Bundle, threads: int | None = None, *, device: str = "CPU") -> None:
+    def __init__(
+        self, folder: Path, bundle: Bundle, image_token: int, threads: int | None = None, *, device: str = "CPU"
+    ) -> None:
         core = ov.Core()
         _check_device(device, core.available_devices)
         self._bundle, self.device = bundle, device
         self._family = family_of_bundle(bundle)
-        self._image_token = image_token_of(folder, bundle)
+        self._image_token = image_token
         roles = {file.role for file in bundle.files}
 
         def load(role: Role, change: Callable[[ov.Model], None] = lambda model: None) -> Any:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,8 @@ from mpa_edge.errors import BundleError, InputError
 SLOT = "\ue000"
 # Characters that a template may make of one conversation, whose texts and pictures are single characters and words.
 MOST_RENDERED = 2**20
+# Characters per token of the context that are looked at before a text is encoded as a whole.
+LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class Prompts:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
-        self._plain = _without_added_tokens(tokenizer)
-        self._added = frozenset(tokenizer.get_added_tokens_decoder())
+        # White space may be an added token and is no one's control token.
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(place for place, token in added.items() if token.content.strip())
+        self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=False)), default=1)
         self._image_token = settings.image_token
-        self.image_token_id = _id_of(tokenizer, settings.image_token)
+        self.image_token_id = id_of(tokenizer, settings.image_token)
         self._settings = settings
         if unknown := [token for token in settings.begin_token_ids if tokenizer.id_to_token(token) is None]:
             raise BundleError(f"the tokenizer has no token {unknown[0]}, which the manifest puts before every prompt")
@@ -85,9 +89,26 @@ class Prompts:
             ids += [*self._plain.encode(text, add_special_tokens=False).ids, *self._encode(piece)]
         return begin + ids
 
+    def exceeds(self, turns: Sequence[Turn], most: int) -> bool:
+        """Whether the turns' texts are sure to take more than so many tokens. Looks at the beginning of long ones only:
+        a megabyte takes ten seconds to encode."""
+        text = "".join(turn.text for turn in turns)
+        if len(text) <= LOOKED_AT * most:
+            return False
+        if len(text) > self._longest * most:
+            return True
+        begin = self._plain.encode(text[: LOOKED_AT * most], add_special_tokens=False).ids
+        # Where it is cut, a token may fall into pieces.
+        return len(begin) > most + self._longest
+
     def text(self, ids: Sequence[int]) -> str:
         """The answer that the new tokens spell, without special tokens and outer white space."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The tokenizer for texts that hold special tokens. Few do, and to make it takes as long as reading one."""
+        return _without_added_tokens(self._tokenizer)
 
     def _with_pictures(self, pieces: Sequence[str], layouts: Sequence[str]) -> list[str]:
         """The template's pieces with each image token replaced by what stands for that picture."""
@@ -205,7 +226,8 @@ def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _id_of(tokenizer: Tokenizer, token: str) -> int:
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token; `BundleError` where the tokenizer has none."""
     number = tokenizer.token_to_id(token)
     if number is None:
         raise BundleError(f"the tokenizer has no token {token!r}")

@@ -23,7 +23,7 @@ def test_growth_is_what_came_after_the_first(tiny_gguf: Path, tmp_path: Path, mo
     monkeypatch.setattr(module, "resident_bytes", lambda: next(held))
     pictures = sorted(write_pictures(tmp_path / "pictures", 4).iterdir())
     assert len({path.read_bytes() for path in pictures}) == 4
-    found = soak(tiny_gguf, pictures, cache_mb=0, threads=1)
+    found = soak(tiny_gguf, pictures, threads=1)
     assert found["rss_mb"] == {0: 90.0, 1: 95.0, 2: 100.0, 3: 104.0, 4: 108.0}
     assert found["growth"] == 0.08
     assert "+8.0% since picture 2; 0: 90 MB, 1: 95 MB" in told(found)

@@ -21,7 +21,7 @@ from mpa_edge.errors import BundleError, ImageError, InputError, MissingExtra, M
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.engine import Features, Logits
 from mpa_edge.runtime.families import Cut
-from mpa_edge.runtime.look import FeatureCache
+from mpa_edge.runtime.look import MOST_PICTURES, FeatureCache
 from mpa_edge.runtime.prompts import Turn
 from mpa_edge.runtime.vlm import Decoding, Timings, Vlm
 from tiny_bundles import manifest_of
@@ -337,6 +337,14 @@ def test_the_feature_cache_is_bounded_in_bytes() -> None:
     cache.put(b"huge", np.zeros(1000, np.float32))
     assert cache.get(b"huge") is None
     assert cache.bytes == 80
+
+
+def test_the_feature_cache_holds_the_last_pictures_only() -> None:
+    cache, row = FeatureCache(10**9), np.zeros(1, np.float32)
+    for number in range(MOST_PICTURES + 3):
+        cache.put(bytes([number]), row)
+    assert [cache.get(bytes([number])) is not None for number in range(5)] == [False, False, False, True, True]
+    assert cache.bytes == MOST_PICTURES * row.nbytes
 
 
 def test_describe_is_json_and_names_the_settings(manifest: Bundle, tokenizer: Tokenizer) -> None:

@@ -188,4 +188,6 @@ def test_an_image_token_that_the_vocabulary_lacks_is_a_bundle_error(tiled: Pair)
     manifest, folder = tiled.manifests["f16"], tiled.root / "f16"
     prompt = manifest.prompt.model_copy(update={"image_token": "<picture>"})
     with pytest.raises(BundleError, match="<picture>"):
-        LlamaCpp(folder, manifest.model_copy(update={"prompt": prompt}), threads=1)
+        LlamaCpp(folder, manifest.model_copy(update={"prompt": prompt}), 1, threads=1)
+    with pytest.raises(BundleError, match=r"'<image>' is its token \d+, and token 1 of tokenizer\.json"):
+        LlamaCpp(folder, manifest, 1, threads=1)

@@ -39,14 +39,14 @@ def test_onnx_devices_are_execution_providers(monkeypatch: pytest.MonkeyPatch, s
     opened: list[Any] = []
     monkeypatch.setattr(onnx_engine, "OnnxEngine", lambda *_, providers: opened.append(providers))
     half, whole = (served[1].model_copy(update={"quantization": name}) for name in ("fp16", "int8"))
-    onnx_engine.open_engine(served[0], half)
+    onnx_engine.open_engine(served[0], half, 0)
     monkeypatch.setattr(onnx_engine.ort, "get_available_providers", lambda: [onnx_engine.CUDA, onnx_engine.CPU])
     for bundle, device in ((half, "auto"), (whole, "auto"), (whole, "cuda"), (half, "tensorrt")):
-        onnx_engine.open_engine(served[0], bundle, device=device)
+        onnx_engine.open_engine(served[0], bundle, 0, device=device)
     cpu, cuda = (onnx_engine.CPU,), (onnx_engine.CUDA, onnx_engine.CPU)
     assert opened == [cpu, cuda, cpu, cuda, (onnx_engine.TENSORRT, *cuda)]
     with pytest.raises(InputError, match="--device tpu: ONNX Runtime knows auto, cpu, cuda"):
-        onnx_engine.open_engine(served[0], half, device="tpu")
+        onnx_engine.open_engine(served[0], half, 0, device="tpu")
 
 
 def test_pictures_can_be_seen_smaller_and_that_is_told(folder: Path, served: tuple[Path, Bundle], picture: Any) -> None:

@@ -206,14 +206,16 @@ def test_a_damaged_graph_and_a_missing_provider_are_named(
 ) -> None:
     folder = make_bundle(tiny_idefics3, "fp32")
     bundle = read_bundle(folder)
-    with pytest.raises(InputError, match="NoSuchProvider is not in this ONNX Runtime"):
-        OnnxEngine(folder, bundle, 1, providers=("NoSuchProvider",))
+    with pytest.raises(InputError, match=r"NoSuchProvider is not in this ONNX Runtime: .*CPUExecutionProvider$"):
+        OnnxEngine(folder, bundle, 0, providers=("NoSuchProvider",))
+    with pytest.raises(InputError, match=r"Run: pip uninstall onnxruntime && pip install onnxruntime-directml$"):
+        load(folder, device="directml")
     for file in bundle.files:
         (tmp_path / file.path).parent.mkdir(exist_ok=True)
         (tmp_path / file.path).write_bytes((folder / file.path).read_bytes())
     (tmp_path / "onnx" / "decoder_model_merged.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match=r"decoder_model_merged.onnx cannot be loaded by ONNX Runtime"):
-        OnnxEngine(tmp_path, bundle, 1)
+        OnnxEngine(tmp_path, bundle, 0)
 
 
 def opened(folder: Path, image: Image.Image) -> tuple[OnnxEngine, list[int], Any]:
@@ -221,5 +223,5 @@ def opened(folder: Path, image: Image.Image) -> tuple[OnnxEngine, list[int], Any
     with load(folder, threads=1) as vlm:
         assert isinstance(vlm, BundleVlm)
         tokens, seen = vlm.prepare([image], QUESTION)
-    engine = OnnxEngine(folder, read_bundle(folder), 1)
+    engine = OnnxEngine(folder, read_bundle(folder), vlm.prompts.image_token_id, threads=1)
     return engine, tokens, engine.encode(seen.cuts[0])

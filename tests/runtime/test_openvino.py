@@ -114,11 +114,11 @@ def test_a_damaged_graph_and_a_missing_device_are_named(
     shutil.copytree(openvino_bundle(tiny_idefics3, "fp32"), folder)
     bundle = read_bundle(folder)
     with pytest.raises(InputError, match="OpenVINO sees no device NPX here: CPU"):
-        OpenVinoEngine(folder, bundle, 1, device="NPX")
+        OpenVinoEngine(folder, bundle, 0, device="NPX")
     damaged = folder / "openvino_language_model.xml"
     damaged.write_bytes(damaged.read_bytes()[:-400])
     with pytest.raises(BundleError, match=r"openvino_language_model.xml cannot be loaded by OpenVINO"):
-        OpenVinoEngine(folder, bundle, 1)
+        OpenVinoEngine(folder, bundle, 0, threads=1)
 
 
 def test_what_the_library_refuses_to_run_is_one_line(
