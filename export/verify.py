@@ -40,8 +40,8 @@ VISION_INPUTS = ("pixel_values", "image_grid_thw")
 class Reference:
     """What the merged model says, in float32: answers to all questions, logits at the last positions of the first few.
 
-    `pixels` are digests by the vision encoder's names. `drawn` of the questions are about drawn pictures, the others are
-    the run's own.
+    `pixels` are digests by the vision encoder's names. `drawn` of the questions are about drawn pictures, the others
+    are the run's own.
     """
 
     questions: Sequence[Question]
