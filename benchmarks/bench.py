@@ -23,6 +23,7 @@ from mpa_edge.benchmarks.display import on_terminal
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.jobs import Job
 from mpa_edge.benchmarks.measure import Measured, Say, measure
+from mpa_edge.benchmarks.pareto import pareto
 from mpa_edge.benchmarks.regress import earlier, regressions
 from mpa_edge.benchmarks.report import timed_answers, write_report
 from mpa_edge.benchmarks.require import requirements
@@ -31,7 +32,7 @@ from mpa_edge.benchmarks.sample import Item, cost_of, items_of, latency_set
 from mpa_edge.benchmarks.score import Scored, beside_both_ends, compare, first, gap_closed, score
 from mpa_edge.benchmarks.settings import BenchConfig
 from mpa_edge.benchmarks.variants import Variant, size_bytes, swept, variants_of
-from mpa_edge.benchmarks.verdict import pareto, verdict
+from mpa_edge.benchmarks.verdict import verdict
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Questions, read_questions, stratified

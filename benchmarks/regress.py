@@ -14,12 +14,11 @@ from math import exp, hypot, log
 from pathlib import Path
 from typing import Any
 
+from mpa_edge.benchmarks.pareto import HEAVIER_FROM, LARGER_FROM, SLOWER_FROM
 from mpa_edge.benchmarks.require import disturbed
 from mpa_edge.errors import InputError
 from mpa_edge.stats import mean_interval, paired_difference
 
-# Clocks and memory differ a little from run to run; more than this is a change.
-SLOWER_FROM, LARGER_FROM, HEAVIER_FROM = 1.1, 1.01, 1.1
 Rows = Sequence[dict[str, Any]]
 
 

@@ -7,11 +7,11 @@ from math import inf, sqrt
 from typing import Any
 
 from mpa_edge.benchmarks.host import BUSY_FROM
+from mpa_edge.benchmarks.pareto import TOLERANCE
 from mpa_edge.benchmarks.score import first
 
-# Bundles this close to the most accurate one are as good as it, and those this close to the fastest of them as fast:
-# clocks and questions are noisy, sizes are not, so the smallest of those wins.
-TOLERANCE = 0.01
+# Bundles within TOLERANCE of the most accurate one are as good as it, and those this close to the fastest of them as
+# fast: clocks and questions are noisy, sizes are not, so the smallest of those wins.
 SLACK = 0.2
 
 Entry = dict[str, Any]
@@ -85,30 +85,6 @@ def as_good(found: Sequence[Entry]) -> list[Entry]:
     close = [entry for entry in found if entry["accuracy"]["value"] >= best - TOLERANCE]
     slowest = (1 + SLACK) * min(map(p95, close), default=0)
     return [entry for entry in close if p95(entry) <= slowest]
-
-
-def pareto(entries: Sequence[Entry]) -> list[bool]:
-    """Whether no other variant is at least as good in accuracy, median time, size and memory, and better in one.
-
-    Unknown figures count as the worst.
-    """
-    costs = [
-        tuple(
-            inf if value is None else value
-            for value in (
-                None if entry["accuracy"]["value"] is None else -entry["accuracy"]["value"],
-                entry["latency_ms"]["total"]["p50"],
-                entry["size_mb"],
-                entry["peak_memory_mb"],
-            )
-        )
-        for entry in entries
-    ]
-    return [
-        own[0] < inf
-        and not any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in costs)
-        for own in costs
-    ]
 
 
 def why_picked(entries: Sequence[Entry], chosen: Entry | None, required: dict[str, Any] | None) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mpa_edge.benchmarks.verdict import milliseconds, pareto, percent, pick, points, size, verdict
+from mpa_edge.benchmarks.verdict import milliseconds, percent, pick, points, size, verdict
 
 
 def entry(name: str, step: str, accuracy: float | None, p50: float = 10.0, megabytes: float = 5.0) -> dict[str, Any]:
@@ -147,15 +147,3 @@ def test_the_choice_is_told_in_words() -> None:
 def test_models_are_picked_from_where_there_is_no_bundle() -> None:
     entries = [entry("teacher", "teacher", 0.9), entry("a", "other", 0.5), entry("b", "other", 0.7)]
     assert verdict(entries, [])["pick"] == "b"
-
-
-def test_the_front_holds_what_nothing_beats_in_everything() -> None:
-    entries = [
-        entry("best", "full", 0.9, p50=100, megabytes=50),
-        entry("quick", "full", 0.5, p50=10, megabytes=50),
-        entry("beaten", "full", 0.5, p50=20, megabytes=50),
-        entry("small", "full", 0.4, p50=200, megabytes=5),
-        entry("broken", "full", None, p50=1, megabytes=1),
-    ]
-    assert pareto(entries) == [True, True, False, True, False]
-    assert pareto([entry("a", "full", 0.5), entry("b", "full", 0.5)]) == [True, True]
