@@ -14,17 +14,25 @@ import torch
 
 
 class PlainText:
-    """A fast tokenizer without its added tokens, special or not."""
+    """A processor's fast tokenizer without its added tokens, special or not."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, processor: Any) -> None:
+        tokenizer = processor.tokenizer
         self._backend = tokenizer.backend_tokenizer
         # White space may be an added token and is no one's control token.
-        contents = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        added = {
+            place: token.content for place, token in tokenizer.added_tokens_decoder.items() if token.content.strip()
+        }
+        self._ids = frozenset(added)
+        # Processors look for some of them as text, before the tokenizer does.
+        contents = {*added.values(), *filter(str.strip, _markers(processor))}
         self._added = re.compile("|".join(map(re.escape, contents)) or "(?!)")
 
     def holds_added_tokens(self, text: str) -> bool:
-        """Whether the tokenizer would find one of its added tokens in the text."""
-        return self._added.search(text) is not None
+        """Whether the tokenizer would find one of its added tokens in the text, as it stands or once normalised."""
+        if self._added.search(text) is not None:
+            return True
+        return not self._ids.isdisjoint(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a piece of text."""
@@ -36,8 +44,14 @@ class PlainText:
         return [token.id for piece in pieces for token in self._backend.model.tokenize(piece)]
 
 
-def insert_left_padded(inputs: Any, texts: Mapping[int, list[int]], *, before_last: int, pad: int) -> None:
-    """Insert tokens into rows of a left-padded batch, ahead of the last `before_last` ones, and pad anew.
+def _markers(processor: Any) -> list[str]:
+    """What the processor calls its own tokens: `image_token`, `video_token` and the like."""
+    named = (getattr(processor, name) for name in vars(processor) if name.endswith("_token"))
+    return [value for value in named if isinstance(value, str)]
+
+
+def append_left_padded(inputs: Any, texts: Mapping[int, list[int]], *, pad: int) -> None:
+    """Append tokens to rows of a left-padded batch, and pad anew.
 
     Changes `inputs` in place: `input_ids`, `attention_mask`, and what else holds one number per token.
     """
@@ -53,6 +67,5 @@ def insert_left_padded(inputs: Any, texts: Mapping[int, list[int]], *, before_la
             old = value[row, shape[1] - length :]
             text = texts.get(row, [])
             new = {"input_ids": text, "attention_mask": [1] * len(text)}.get(key, [0] * len(text))
-            cut = length - before_last
-            widened[row, width - length - len(text) :] = torch.cat([old[:cut], old.new_tensor(new), old[cut:]])
+            widened[row, width - length - len(text) :] = torch.cat([old, old.new_tensor(new)])
         inputs[key] = widened

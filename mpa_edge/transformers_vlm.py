@@ -22,7 +22,7 @@ from mpa_edge.digests import digest_of_adapter, digest_of_folder
 from mpa_edge.errors import InputError, ModelError
 from mpa_edge.features import CACHE_BYTES, FeatureCache, known_pictures, takes_features
 from mpa_edge.phases import Phases
-from mpa_edge.plain_text import PlainText, insert_left_padded
+from mpa_edge.plain_text import PlainText, append_left_padded
 from mpa_edge.processors import load_processor
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
 from mpa_edge.sampling import RowSampling, seed_of
@@ -58,7 +58,7 @@ class TransformersVlm:
         self.processor = processor
         self._source = source or {}
         self._stops = self._stop_tokens()
-        self._plain = PlainText(processor.tokenizer)
+        self._plain = PlainText(processor)
         self._features = FeatureCache(cache_bytes) if cache_bytes and takes_features(model) else None
         self._features_proven = False
         # A model's own generation_config may sample, penalise repetitions and the like: the caller decides that here.
@@ -161,11 +161,12 @@ class TransformersVlm:
     def _encode(self, processor: Any, images: Sequence[Image], prompts: Sequence[str]) -> BatchFeature:
         typed = {row: prompt for row, prompt in enumerate(prompts) if self._plain.holds_added_tokens(prompt)}
         turns = [
-            _turn({"type": "image", "image": image}, "" if row in typed else prompt)
-            for row, (image, prompt) in enumerate(zip(images, prompts, strict=True))
+            _turn({"type": "image", "image": image}, prompt) for image, prompt in zip(images, prompts, strict=True)
         ]
+        template, texts = self._cut_at(turns, typed) if typed else (None, {})
         inputs: BatchFeature = processor.apply_chat_template(
             turns,
+            chat_template=template,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -173,12 +174,23 @@ class TransformersVlm:
             processor_kwargs={"padding": True, "padding_side": "left"},
         )
         if typed:
-            after = self.processor.apply_chat_template([_turn({"type": "image"}, SLOT)], add_generation_prompt=True)[0]
-            tail = self.processor.tokenizer(after.partition(SLOT)[2], add_special_tokens=False)["input_ids"]
-            texts = {row: self._plain.encode(prompt) for row, prompt in typed.items()}
-            insert_left_padded(inputs, texts, before_last=len(tail), pad=self.pad)
+            append_left_padded(inputs, texts, pad=self.pad)
         inputs.to(self.model.device, dtype=self.model.dtype)  # in place
         return inputs
+
+    def _cut_at(self, turns: list[Any], typed: dict[int, str]) -> tuple[str, dict[int, list[int]]]:
+        """Render the turns into their own messages, the typed ones up to where their text begins; returns a template
+        that writes them out again, and the tokens that are missing of the typed ones: their text and what follows."""
+        template = self.processor.apply_chat_template
+        rendered = template(turns, add_generation_prompt=True)
+        slotted = template([_turn({"type": "image"}, f" {SLOT} ")], add_generation_prompt=True)[0]
+        trimmed = f" {SLOT} " not in slotted
+        head, _, tail = slotted.partition(SLOT if trimmed else f" {SLOT} ")
+        after = self.processor.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        for row, turn in enumerate(turns):
+            turn[0]["rendered"] = head if row in typed else rendered[row]
+        texts = {row: self._plain.encode(text.strip() if trimmed else text) + after for row, text in typed.items()}
+        return "{{ messages[0]['rendered'] }}", texts
 
     def target_ids(self, answer: str) -> list[int]:
         """The tokens that the model should write after the prompt: the answer as its chat template renders an

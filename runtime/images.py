@@ -9,6 +9,8 @@ import base64
 import binascii
 import io
 import os
+import threading
+from contextlib import nullcontext
 from typing import IO, TypeAlias, cast
 
 import numpy as np
@@ -22,6 +24,10 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.u
 
 # Below the size from which Pillow itself warns of decompression bombs; 240 MB as RGB.
 MAX_PIXELS = 80_000_000
+# A picture of MAX_PIXELS with transparency takes 1.2 GB on its way to RGB, from a file of 100 KB: of pictures beyond
+# this size one is decoded at a time, however many threads there are.
+LARGE_PIXELS = 16_000_000
+_LARGE = threading.Lock()
 # Formats that Pillow decodes by itself: EPS and the like would start other programs on a file from anywhere.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -47,7 +53,8 @@ def open_image(source: Source, *, min_edge: int = 1, max_pixels: int = MAX_PIXEL
             raise ImageError(name, "too_large", f"{image.width}x{image.height}, at most {max_pixels:,} pixels")
         if min(image.size) < min_edge:
             raise ImageError(name, "too_small", f"{image.width}x{image.height}, at least {min_edge}x{min_edge}")
-        return _decoded(image, name)
+        with _LARGE if image.width * image.height > LARGE_PIXELS else nullcontext():
+            return _decoded(image, name)
     finally:
         if image is not source:
             image.close()

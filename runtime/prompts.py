@@ -53,7 +53,6 @@ class Prompts:
         # White space may be an added token and is no one's control token.
         added = tokenizer.get_added_tokens_decoder()
         self._added = frozenset(place for place, token in added.items() if token.content.strip())
-        self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=False)), default=1)
         self._image_token = settings.image_token
         self.image_token_id = id_of(tokenizer, settings.image_token)
         self._settings = settings
@@ -104,6 +103,11 @@ class Prompts:
     def text(self, ids: Sequence[int]) -> str:
         """The answer that the new tokens spell, without special tokens and outer white space."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the vocabulary's longest token; to look through all of them takes time that few texts need."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=False)), default=1)
 
     @cached_property
     def _plain(self) -> Tokenizer:
