@@ -21,7 +21,7 @@ from mpa_edge import __version__
 from mpa_edge.answers import metric_named
 from mpa_edge.benchmarks.display import on_terminal
 from mpa_edge.benchmarks.host import host
-from mpa_edge.benchmarks.jobs import Job
+from mpa_edge.benchmarks.jobs import Job, takes_length
 from mpa_edge.benchmarks.measure import Measured, Say, measure
 from mpa_edge.benchmarks.pareto import pareto
 from mpa_edge.benchmarks.regress import earlier, regressions
@@ -59,6 +59,8 @@ def bench(config: BenchConfig, say: Say | None = None) -> Path:
 def _bench(config: BenchConfig, say: Say | None) -> Path:
     before = earlier(config.compare) if config.compare else None  # read first: it may be the file that we write
     variants = variants_of(config.bundles, config.baselines)
+    if config.fixed_length and not any(takes_length(variant.spec) for variant in variants):
+        raise InputError("--fixed-length: a chat server ends its answers where it likes; name a bundle or a model too")
     task = task_of(config, variants)
     questions = questions_of(config.data, config.report / "images")
     asked = stratified(questions, config.limit, config.seed)

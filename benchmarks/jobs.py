@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mpa_edge.bundle import MANIFEST
+from mpa_edge.chat_address import is_address
 from mpa_edge.errors import ImageError
+from mpa_edge.fake import PREFIX as FAKE
 from mpa_edge.records import Record, read_rows, write_atomic
 from mpa_edge.runtime.vlm import Answer
 
@@ -73,6 +75,11 @@ def asks(rows: Sequence[dict[str, Any]]) -> list[Ask]:
 def is_bundle(spec: str) -> bool:
     """Whether an exported bundle lies there."""
     return (Path(spec) / MANIFEST).is_file()
+
+
+def takes_length(spec: str) -> bool:
+    """Whether the length of its answers can be set: of what runs in our process, and not of a chat server's."""
+    return not (spec.startswith(FAKE) or is_address(spec))
 
 
 def unanswered(error: ImageError) -> Answer:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from mpa_edge.answers import Metric, exact_match, metric_named
@@ -14,6 +15,7 @@ from mpa_edge.benchmarks.jobs import Row
 from mpa_edge.benchmarks.measure import Measured
 from mpa_edge.benchmarks.sample import Item
 from mpa_edge.benchmarks.variants import Variant
+from mpa_edge.bundle import MANIFEST, sha256_of
 from mpa_edge.stats import Estimate, mean_interval, paired_difference, percentile, ratio_interval
 
 PHASES = ("preprocess", "vision", "prefill", "decode")
@@ -52,6 +54,7 @@ def score(
         "busy": measured.busy,
         "device": measured.device,
         "dtype": dtype_of(variant, measured),
+        "digests": digests_of(variant, measured),
         "threads": variant.threads,
         "sweep_of": variant.sweep_of,
         "conditions": measured.conditions,
@@ -149,6 +152,14 @@ def fixed_length(rows: Sequence[Row]) -> dict[str, Any] | None:
 def dtype_of(variant: Variant, measured: Measured) -> str | None:
     """The precision of the weights: a bundle's quantization, or the model's own type."""
     return variant.quantization or (measured.describe or {}).get("dtype")
+
+
+def digests_of(variant: Variant, measured: Measured) -> dict[str, str]:
+    """SHA-256 of what was measured: of a bundle's `manifest`, which holds those of its files, of a model's `weights`,
+    of its `adapter`. Empty where nobody can tell, as behind a server."""
+    told = {key: value for key in ("adapter", "weights") if (value := (measured.describe or {}).get(key))}
+    path = Path(variant.spec) / MANIFEST
+    return told | ({"manifest": sha256_of(path)} if path.is_file() else {})
 
 
 def compare(scored: Sequence[Scored], seed: int) -> list[dict[str, Any]]:

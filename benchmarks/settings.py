@@ -37,7 +37,7 @@ class BenchOptions(Settings):
     )
     device: str = setting("auto", LATENCY, help="Where models run: auto, cpu, or an accelerator such as cuda.")
     fixed_length: int | None = setting(
-        None, LATENCY, ge=1, help="Also time bundles at answers of exactly N tokens, to compare engines."
+        None, LATENCY, ge=1, help="Also time answers of exactly N tokens, to compare engines (not of chat servers)."
     )
     keep_timings: bool = setting(
         False, LATENCY, help="Keep times that other work disturbed; without, they are taken again."

@@ -11,7 +11,19 @@ from typing import Any
 from mpa_edge.benchmarks.conditions import conditions, during
 from mpa_edge.benchmarks.energy import measure_energy
 from mpa_edge.benchmarks.host import BUSY_FROM, peak_memory_bytes, watch_others
-from mpa_edge.benchmarks.jobs import FIXED, LATENCY, Ask, Job, Row, Say, asks, is_bundle, row_of, unanswered, whole_rows
+from mpa_edge.benchmarks.jobs import (
+    FIXED,
+    LATENCY,
+    Ask,
+    Job,
+    Row,
+    Say,
+    asks,
+    row_of,
+    takes_length,
+    unanswered,
+    whole_rows,
+)
 from mpa_edge.benchmarks.memory import proportional_bytes
 from mpa_edge.errors import ImageError
 from mpa_edge.records import write_rows
@@ -58,7 +70,7 @@ def timed_part(
         about = {key: before.get(key) for key in KEPT}
     else:
         write_rows(folder / LATENCY, [row.to_json() for row in rows])
-    if job.fixed_length and is_bundle(job.spec) and not fixed_rows(folder, job):
+    if job.fixed_length and takes_length(job.spec) and not fixed_rows(folder, job):
         with endless(vlm):
             rows = measure_latency(vlm, timed, Decoding(max_new_tokens=job.fixed_length), say, "fixed")
         write_rows(folder / FIXED, [row.to_json() for row in rows])
@@ -68,7 +80,7 @@ def timed_part(
 def are_timed(folder: Path, job: Job) -> bool:
     """Whether the job's series lie there, in this order."""
     wanted = [ask["key"] for ask in job.latency]
-    fixed = not job.fixed_length or not is_bundle(job.spec) or [row.key for row in fixed_rows(folder, job)] == wanted
+    fixed = not job.fixed_length or not takes_length(job.spec) or [row.key for row in fixed_rows(folder, job)] == wanted
     return fixed and [row.key for row in whole_rows(folder / LATENCY)] == wanted
 
 
@@ -91,14 +103,32 @@ def warm_up(vlm: Vlm, wanted: Sequence[Ask], decoding: Decoding) -> float | None
 
 @contextmanager
 def endless(vlm: Vlm) -> Iterator[None]:
-    """Let a bundle's answers end at their longest alone: no token stops them."""
-    bundle = vlm.bundle  # type: ignore[attr-defined]
+    """Let answers end at their longest alone: no token stops them."""
+    with endless_bundle(vlm) if hasattr(vlm, "bundle") else endless_model(vlm):
+        yield
+
+
+@contextmanager
+def endless_bundle(vlm: Any) -> Iterator[None]:
+    """Of a bundle, whose manifest names the stop tokens."""
+    bundle = vlm.bundle
     prompt = bundle.prompt.model_copy(update={"stop_token_ids": ()})
-    vlm.bundle = bundle.model_copy(update={"prompt": prompt})  # type: ignore[attr-defined]
+    vlm.bundle = bundle.model_copy(update={"prompt": prompt})
     try:
         yield
     finally:
-        vlm.bundle = bundle  # type: ignore[attr-defined]
+        vlm.bundle = bundle
+
+
+@contextmanager
+def endless_model(vlm: Any) -> Iterator[None]:
+    """Of a transformers model, whose stop tokens `generate` and the cut of its answers know."""
+    config, stops = vlm.model.generation_config, vlm._stops
+    vlm._stops, config.eos_token_id = [], None
+    try:
+        yield
+    finally:
+        vlm._stops, config.eos_token_id = stops, stops
 
 
 def device_of(vlm: Vlm) -> str | None:

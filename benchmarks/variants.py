@@ -94,6 +94,7 @@ def baseline_of(text: str) -> Variant:
     looks_like_path = spec.startswith((".", "/", "~")) or folder.exists()
     if looks_like_path and not any(folder.joinpath(name).is_file() for name in ("config.json", ADAPTER)):
         raise InputError(f"--baseline {text}: {spec} is no model folder (neither config.json nor {ADAPTER} is there)")
+    adapter_base(folder)  # an adapter without its base is told now, not after the others were measured
     name = folder.name if role == "other" else role
     engine = "fake" if spec.startswith(FAKE) else "transformers"
     return Variant(name or spec, spec, role, engine)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from PIL import Image
 from mpa_edge.benchmarks import timed
 from mpa_edge.benchmarks.bench import BenchConfig, bench
 from mpa_edge.benchmarks.conditions import conditions, during
-from mpa_edge.benchmarks.jobs import FIXED, LATENCY, Job, Row, whole_rows
+from mpa_edge.benchmarks.jobs import FIXED, LATENCY, Job, Row, takes_length, whole_rows
 from mpa_edge.benchmarks.measure import read_measured
 from mpa_edge.benchmarks.sample import cost_of, items_of, latency_set
 from mpa_edge.benchmarks.score import latency, tokens_per_s
@@ -26,6 +26,8 @@ from mpa_edge.errors import InputError
 from mpa_edge.fake import FakeVlm
 from mpa_edge.labelled import Question, read_questions
 from mpa_edge.runtime import open_bundle
+from mpa_edge.runtime.images import open_image
+from mpa_edge.runtime.vlm import Decoding
 
 
 def board(root: Path, **files: Any) -> Path:
@@ -164,6 +166,33 @@ def test_answers_of_one_length_for_engines(
     assert {one.finish_reason for one in measured.fixed} == {"length"}
     assert max(one.n_tokens for one in measured.latency) <= 4
     assert (measured.device, len(measured.latency)) == ("cpu", 4)
+
+
+def test_answers_of_one_length_of_a_transformers_model(tiny_one_tile: Path, labelled: Path, tmp_path: Path) -> None:
+    from mpa_edge.models import open_vlm
+
+    asks = [item.ask.to_json() for item in items_of(read_questions(labelled), str)[:2]]
+    job = Job("m", str(tiny_one_tile), 1, 4, 1, asks[:1], asks, asks[:1], device="cpu", fixed_length=6)
+    vlm: Any = open_vlm(str(tiny_one_tile), device="cpu")
+    stops = vlm.model.generation_config.eos_token_id
+    work(vlm, job, tmp_path, lambda *_: None)
+    assert vlm.model.generation_config.eos_token_id == stops
+    # Its natural answers end at once, so that only the lifted stop can make six tokens.
+    vlm._stops = list(range(vlm.model.get_input_embeddings().num_embeddings))
+    vlm.model.generation_config.eos_token_id = vlm._stops
+    natural = vlm.answer([open_image(asks[0]["image"])], ["?"], Decoding(max_new_tokens=6))
+    with timed.endless(vlm):
+        lifted = vlm.answer([open_image(asks[0]["image"])], ["?"], Decoding(max_new_tokens=6))
+    assert (len(natural[0].tokens), len(lifted[0].tokens)) == (0, 6)
+    assert [one.n_tokens for one in read_measured(tmp_path, None, job).fixed] == [6, 6]
+
+
+def test_no_length_is_set_where_none_can_be(labelled: Path, tmp_path: Path) -> None:
+    assert takes_length("org/model")
+    assert not takes_length("http://127.0.0.1:9/v1")
+    config = BenchConfig(data=labelled, task="reference", report=tmp_path, fixed_length=4, baselines=["fake:"])
+    with pytest.raises(InputError, match="--fixed-length: a chat server ends"):
+        bench(config)
 
 
 def test_a_disturbed_series_is_taken_again_and_the_better_kept(

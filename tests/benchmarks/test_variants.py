@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mpa_edge.benchmarks.variants import Variant, baseline_of, content_digest, place_on_road, size_bytes, variants_of
-from mpa_edge.errors import BundleError, InputError
+from mpa_edge.errors import BundleError, InputError, ModelError
 
 
 def model(folder: Path, weights: bytes = b"12345678") -> Path:
@@ -57,6 +57,12 @@ def test_an_adapter_counts_with_its_base(tmp_path: Path) -> None:
     assert content_digest(str(student)) == before
     (base / "model.safetensors").write_bytes(b"87654321")
     assert content_digest(str(student)) != before
+
+
+def test_an_adapter_without_its_base_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    student = adapter(tmp_path / "student", "../gone")
+    with pytest.raises(ModelError, match=r"names the base model .*gone, which is not there"):
+        variants_of([], ["teacher=fake:", f"aligned={student}"])
 
 
 def test_what_is_not_on_this_disk_is_unknown() -> None:
