@@ -25,13 +25,13 @@ from mpa_edge.audit_counts import Before, Round, histograms, road, tone_of, verd
 from mpa_edge.audit_questions import Favourites
 from mpa_edge.audit_sample import Sampler, Shown
 from mpa_edge.audit_settings import facts_of, held_out
-from mpa_edge.datasets import Skipped
 from mpa_edge.errors import ImageError, RunError
 from mpa_edge.identify import RIGHT, verdict_of
 from mpa_edge.parts import read_parts
 from mpa_edge.records import Annotation, Case, Record, Sample, read_rows, write_atomic
 from mpa_edge.run_folder import RoundFolder, RunFolder, read_run
 from mpa_edge.runtime.images import open_image
+from mpa_edge.scan_index import Skipped
 
 CARDS = 200
 # Cards are about this wide. With so many bytes each, the pictures of 200 cards make a page of less than 5 MB.

@@ -7,13 +7,20 @@ the answer "10:10" 65 times in 3,293; trained on, they teach the student a habit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mpa_edge.answers import normalize_vqa
 from mpa_edge.digests import digest64
 from mpa_edge.records import Annotation
 
+Keys = NDArray[np.uint64]
+Counts = NDArray[np.int64]
+
+BUCKETS = 1 << 16
 # Words that two phrasings of one question may differ in. Not "how", "who", "when", "where", "many": they ask for
 # something else.
 _FILLER_WORDS = (
@@ -53,32 +60,51 @@ def mark_duplicates(annotations: Iterable[Annotation]) -> list[Annotation]:
 
 
 def collapsed(
-    questions: Sequence[int],
-    pairs: Sequence[int],
+    blocks: Callable[[], Iterable[tuple[Keys, Keys]]],
     *,
     question_share: float | None = None,
     pair_share: float | None = None,
     at_least: int = 20,
 ) -> bytearray:
-    """Which questions of a run come too often: 1 or 0 for each, given the `keys_of` all in the order of its pictures.
+    """Which questions of a run come too often: 1 or 0 for each. `blocks` gives the `keys_of` all in the order of its
+    pictures, some at a time, as an array of the questions' and one of the pairs'; it is called twice.
 
     A question is collapsed when it, or it with the same answer, has already come up in its share of them, and
     `at_least` times (the teacher's favourites). Earlier ones are kept. No cap where a share is None: in narrow domains
     questions repeat by nature.
     """
-    marks = bytearray(len(questions))
-    caps = [
-        (keys, max(at_least, int(share * len(keys))), Counter[int]())
-        for keys, share in ((questions, question_share), (pairs, pair_share))
-        if share is not None
-    ]
-    for place in range(len(marks)):
-        if any(seen[keys[place]] >= cap for keys, cap, seen in caps):
-            marks[place] = 1
-        else:
-            for keys, _, seen in caps:
-                seen[keys[place]] += 1
+    caps = _caps(blocks, (question_share, pair_share), at_least)
+    marks = bytearray()
+    for block in blocks():
+        found = np.zeros(len(block[0]), np.uint8)
+        suspects = [(keys, *cap) for keys, cap in zip(block, caps, strict=True) if cap is not None]
+        often = [counts[keys % BUCKETS] > cap for keys, cap, counts, _ in suspects]
+        for place in np.flatnonzero(np.logical_or.reduce(often)) if often else ():
+            keys = [(int(keys[place]), cap, seen) for keys, cap, _, seen in suspects]
+            if any(seen[key] >= cap for key, cap, seen in keys):
+                found[place] = 1
+            else:
+                for key, _, seen in keys:
+                    seen[key] += 1
+        marks += found.tobytes()
     return marks
+
+
+def _caps(
+    blocks: Callable[[], Iterable[tuple[Keys, Keys]]], shares: Sequence[float | None], at_least: int
+) -> list[tuple[int, Counts, Counter[int]] | None]:
+    """For each share its cap, how many keys fall into each bucket, and an empty counter. Only a key in a bucket with
+    more than the cap can come up more often than that: the few of them are counted one by one, and the many others, of
+    which a large run has as many as questions, are not."""
+    counts = [np.zeros(BUCKETS, np.int64) for _ in shares]
+    for block in blocks():
+        for keys, count in zip(block, counts, strict=True):
+            count += np.bincount((keys % BUCKETS).astype(np.int64), minlength=BUCKETS)
+    total = int(counts[0].sum())
+    return [
+        None if share is None else (max(at_least, int(share * total)), count, Counter[int]())
+        for share, count in zip(shares, counts, strict=True)
+    ]
 
 
 def keys_of(question: str, answer: str) -> tuple[int, int]:

@@ -23,10 +23,10 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -34,11 +34,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mpa_edge.datasets import Skipped
 from mpa_edge.errors import ImageError, InputError
 from mpa_edge.labelled import pictures_in
 from mpa_edge.records import Sample, write_atomic
 from mpa_edge.runtime.images import FORMATS, open_image
+from mpa_edge.scan_index import Skipped
 
 Floats = NDArray[np.float32]
 Pictures = NDArray[np.uint8]
@@ -69,6 +69,14 @@ class Split(NamedTuple):
     pictures: int
 
 
+class Overlap(NamedTuple):
+    """What `find_shared` found: why each shared sample is one, by its id; and the pictures of the test, as above."""
+
+    shared: dict[str, str]
+    looked_at: int
+    pictures: int
+
+
 def split_shared(
     samples: Sequence[Sample],
     test: str | Path,
@@ -78,24 +86,38 @@ def split_shared(
     workers: int | None = None,
 ) -> Split:
     """The samples that the test does not have, and a row of reason `in_test` for each of the others, both in order;
-    after `limit` kept ones the rest is not looked at, and in neither.
+    after `limit` kept ones the rest is not looked at, and in neither. Otherwise as `find_shared`."""
+    shared, looked_at, count = find_shared(lambda: samples, test, limit=limit, cache=cache, workers=workers)
+    kept = list(islice((sample for sample in samples if sample.id not in shared), limit))
+    looked = samples[: samples.index(kept[-1]) + 1] if len(kept) == limit else samples
+    rows = [Skipped(s.path, "in_test", shared[s.id]) for s in looked if s.id in shared]
+    return Split(kept, rows, looked_at, count)
 
-    `test` is a labelled test set as `mpa_edge.labelled` reads it; only its pictures are looked at. A row's detail names
-    the test's picture and, for a near-duplicate, the distance. `cache` names a file that remembers the outcome. Memory
+
+def find_shared(
+    samples: Callable[[], Iterable[Sample]],
+    test: str | Path,
+    *,
+    limit: int | None = None,
+    cache: Path | None = None,
+    workers: int | None = None,
+) -> Overlap:
+    """Which samples the test has too; after `limit` others the rest is not looked at. `samples` is called each time
+    that they are read, in one order: they need not fit into memory.
+
+    `test` is a labelled test set as `mpa_edge.labelled` reads it; only its pictures are looked at. A detail names the
+    test's picture and, for a near-duplicate, the distance. `cache` names a file that remembers the outcome. Memory
     grows with the test, not with the pool. Raises `InputError` where the test, or all of its pictures, cannot be read.
     """
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         pictures = _TestPictures.of(test, pool)
-        key = _key(samples, pictures, limit)
+        key = _key(samples(), pictures, limit)
         shared = _read_cache(cache, key)
         if shared is None:
             shared = _shared(samples, pictures, pool, limit)
             if cache:
                 write_atomic(cache, json.dumps({"key": key, "shared": shared}))
-    kept = list(islice((sample for sample in samples if sample.id not in shared), limit))
-    looked = samples[: samples.index(kept[-1]) + 1] if len(kept) == limit else samples
-    rows = [Skipped(s.path, "in_test", shared[s.id]) for s in looked if s.id in shared]
-    return Split(kept, rows, pictures.looked_at, pictures.count)
+    return Overlap(shared, pictures.looked_at, pictures.count)
 
 
 @dataclass(frozen=True)
@@ -157,12 +179,12 @@ def signature_of(source: Path | bytes) -> Pictures | None:
 
 
 def _shared(
-    samples: Sequence[Sample], test: _TestPictures, pool: ThreadPoolExecutor, limit: int | None
+    samples: Callable[[], Iterable[Sample]], test: _TestPictures, pool: ThreadPoolExecutor, limit: int | None
 ) -> dict[str, str]:
     """Why each shared sample is one, by its id; of all samples, or of as many as `limit` others take."""
-    equal = (sample for sample in samples if sample.sha256 in test.names)
+    equal = (sample for sample in samples() if sample.sha256 in test.names)
     shared = {sample.id: f"the same file as {test.names[sample.sha256]}" for sample in equal}
-    others = [sample for sample in samples if sample.id not in shared]
+    others = (sample for sample in samples() if sample.sha256 not in test.names)
     kept = 0
     for chunk in _chunks(others, min(CHUNK, limit or CHUNK)):
         if limit is not None and kept >= limit:
@@ -283,10 +305,10 @@ def _unit(images: Floats) -> Floats:
     return units
 
 
-def _key(samples: Sequence[Sample], pictures: _TestPictures, limit: int | None) -> str:
+def _key(samples: Iterable[Sample], pictures: _TestPictures, limit: int | None) -> str:
     """Names all that the outcome depends on."""
     digest = hashlib.sha256(f"{RULES} {limit}".encode())
-    for part in (*(f"{sample.id}={sample.sha256}" for sample in samples), *sorted(pictures.names)):
+    for part in chain((f"{sample.id}={sample.sha256}" for sample in samples), sorted(pictures.names)):
         digest.update(part.encode() + b"\n")
     return digest.hexdigest()
 

@@ -124,7 +124,7 @@ class _Found:
 def _look(config: AlignConfig, folder: Path) -> _Found:
     table = table_named(config.images)
     # What an earlier scan of the run remembers is taken, and left as it is.
-    for name in (".scan.jsonl", ".shared.json"):
+    for name in (".scan.sqlite", ".shared.json"):
         if (config.run / name).is_file():
             shutil.copy(config.run / name, folder / name)
     with counting("scan") as tell:
@@ -132,7 +132,7 @@ def _look(config: AlignConfig, folder: Path) -> _Found:
             config.images,
             store=folder / "images",
             limit=_wanted(config) if table else None,
-            cache=None if table else folder / ".scan.jsonl",
+            cache=None if table else folder / ".scan.sqlite",
             progress=tell,
         )
     reasons = count_by(item.reason for item in skipped)

@@ -2,47 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
 from mpa_edge.config import AlignConfig
-from mpa_edge.datasets import Skipped, scan_images
+from mpa_edge.datasets import scan
 from mpa_edge.errors import InputError
-from mpa_edge.overlap import Split, split_shared
+from mpa_edge.overlap import Overlap, find_shared
 from mpa_edge.progress import counting, say
 from mpa_edge.records import Sample
 from mpa_edge.run_folder import RunFolder
+from mpa_edge.scan_index import ScanIndex, Skipped
 
 
-def find_pictures(config: AlignConfig, run: RunFolder) -> tuple[list[Sample], list[Skipped], Split | None]:
-    """The pictures, those left out, and what `--test` has of them; None without one.
+@dataclass(frozen=True)
+class Pictures:
+    """What a run uses and leaves out, read from disk each time. `overlap` is what `--test` has too; None without one.
+    With `keep_shared` these are used all the same."""
+
+    index: ScanIndex
+    store: Path
+    overlap: Overlap | None = None
+    keep_shared: bool = False
+
+    def samples(self) -> Iterator[Sample]:
+        """The pictures, in order."""
+        return self.index.samples(self.store)
+
+    def skipped(self) -> Iterator[Skipped]:
+        """Those left out, in order, with the reason."""
+        return self.index.skipped()
+
+    @property
+    def shared(self) -> int | None:
+        """How many of the pictures, up to the last one that is used, `--test` has too."""
+        if self.overlap is None or self.keep_shared:
+            return self.overlap and len(self.overlap.shared)
+        return sum(item.reason == "in_test" for item in self.skipped())
+
+
+@contextmanager
+def find_pictures(config: AlignConfig, run: RunFolder) -> Iterator[Pictures]:
+    """The pictures, as long as the body runs.
 
     Raises `InputError` where no picture is left, or one of the two sources cannot be read.
     """
+    wanted, cache = config.limit, run.path / ".scan.sqlite"
+    while wanted != 0:
+        with counting("scan") as tell:
+            index = scan(config.images, store=run.images, limit=wanted, cache=cache, progress=tell)
+        with index:
+            pictures, wanted = _without_test(config, index, run, wanted)
+            if wanted == 0:
+                yield pictures
+
+
+def _without_test(
+    config: AlignConfig, index: ScanIndex, run: RunFolder, wanted: int | None
+) -> tuple[Pictures, int | None]:
+    """The pictures, and how many of the source must be looked at where these are too few, else 0: `--limit` is of
+    pictures that the test does not have, and a table is read no further than that takes."""
+    if config.test is None or config.keep_shared:
+        index.share({}, config.limit)
     if config.test is None:
-        samples, skipped = _found(config, run, config.limit)
-        return samples[: config.limit], skipped, None
-    samples, skipped, split = _split(config, config.test, run)
-    if split.looked_at < split.pictures:
-        say(f"--test {config.test}: only {split.looked_at} of its {split.pictures} pictures could be looked at")
-    if config.keep_shared:
-        return samples, skipped, split
-    if not split.kept:
+        return Pictures(index, run.images), 0
+    limit, cache = None if config.keep_shared else config.limit, run.path / ".shared.json"
+    found = find_shared(lambda: index.samples(run.images), config.test, limit=limit, cache=cache)
+    looked = sum(1 for _ in index.samples(run.images))
+    pictures = Pictures(index, run.images, found, config.keep_shared)
+    if not config.keep_shared:
+        index.share(found.shared, limit)
+        if looked == wanted and sum(1 for _ in pictures.samples()) < (limit or 0):
+            return pictures, looked + len(found.shared)
+    if found.looked_at < found.pictures:
+        say(f"--test {config.test}: only {found.looked_at} of its {found.pictures} pictures could be looked at")
+    if next(pictures.samples(), None) is None:
         raise InputError(f"--images {config.images}: all pictures are in --test {config.test} too")
-    return split.kept, sorted([*skipped, *split.shared], key=lambda item: item.path), split
-
-
-def _split(config: AlignConfig, test: str, run: RunFolder) -> tuple[list[Sample], list[Skipped], Split]:
-    """`--limit` is of pictures that the test does not have; a table is read no further than that takes."""
-    wanted, cache = config.limit, run.path / ".shared.json"
-    while True:
-        samples, skipped = _found(config, run, wanted)
-        if config.keep_shared:
-            samples = samples[: config.limit]
-            return samples, skipped, split_shared(samples, test, cache=cache)
-        split = split_shared(samples, test, limit=config.limit, cache=cache)
-        if len(split.kept) == config.limit or len(samples) != wanted:
-            return samples, skipped, split
-        wanted = len(samples) + len(split.shared)
-
-
-def _found(config: AlignConfig, run: RunFolder, limit: int | None) -> tuple[list[Sample], list[Skipped]]:
-    with counting("scan") as tell:
-        return scan_images(config.images, store=run.images, limit=limit, cache=run.path / ".scan.jsonl", progress=tell)
+    return pictures, 0

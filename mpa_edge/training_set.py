@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mpa_edge.remember import remembered
 from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, read_run
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.saving import save_for_trainers
-from mpa_edge.scan import find_pictures
+from mpa_edge.scan import Pictures, find_pictures
 from mpa_edge.selection import Choice, choose, training_row
 from mpa_edge.tasks import task_named
 
@@ -121,21 +121,29 @@ class TrainingSetMaker:
     def scan(self) -> Scanned:
         """Find the usable pictures. Nothing of an earlier run is deleted before there are some."""
         config, run = self._config, self._run
-        samples, skipped, split = find_pictures(config, run)
-        shared, looked_at = (len(split.shared), (split.looked_at, split.pictures)) if split else (None, None)
-        if config.fresh:
-            run.clear()
-        else:
-            _refuse_other_pictures(config, run, samples)
-            _move_rounds(run, config.rounds)
-        self._log = RunLog(run.path / RUN, **self._content)
-        with self._log.stage("samples") as facts:
-            write_rows(run.samples, samples)
-            write_rows(run.skipped, skipped)
-            counts = count_by(item.reason for item in skipped)
-            facts |= {"used": len(samples), "skipped": counts}
-            facts |= {"shared": shared, "test_pictures": looked_at} if split else {}
-        self._scanned = Scanned(len(samples), counts, shared, _digest(sample.sha256 for sample in samples), looked_at)
+        with find_pictures(config, run) as pictures:
+            if config.fresh:
+                run.clear()
+            else:
+                _refuse_other_pictures(config, run, pictures)
+                _move_rounds(run, config.rounds)
+            self._log = RunLog(run.path / RUN, **self._content)
+            with self._log.stage("samples") as facts:
+                self._scanned = self._write_samples(pictures)
+                facts |= {"used": self._scanned.pictures, "skipped": self._scanned.skipped}
+                if pictures.overlap:
+                    facts |= {"shared": self._scanned.shared, "test_pictures": self._scanned.test_pictures}
+    def _write_samples(self, pictures: Pictures) -> Scanned:
+        write_rows(self._run.samples, pictures.samples())
+        write_rows(self._run.skipped, pictures.skipped())
+        digest, count = hashlib.sha256(), 0
+        for sample in pictures.samples():
+            digest.update(sample.sha256.encode() + b"\n")
+            count += 1
+        looked_at = (pictures.overlap.looked_at, pictures.overlap.pictures) if pictures.overlap else None
+        skipped = count_by(item.reason for item in pictures.skipped())
+        return Scanned(count, skipped, pictures.shared, digest.hexdigest(), looked_at)
+
         return self._scanned
 
     # --- asking ------------------------------------------------------------------------------------------------------
@@ -331,18 +339,23 @@ def _models(content: dict[str, Any]) -> dict[str, Any]:
     return {side: {**(values or {}), "name": None} for side, values in sides.items()}
 
 
-def _refuse_other_pictures(config: AlignConfig, run: RunFolder, samples: Sequence[Sample]) -> None:
+def _refuse_other_pictures(config: AlignConfig, run: RunFolder, pictures: Pictures) -> None:
     if not run.samples.exists() or not run.annotations.exists():
         return
-    before = [row.sha256 for row in read_rows(run.samples, Sample)]
-    now = [sample.sha256 for sample in samples]
-    if before == now:
+    rows = zip_longest(_contents(read_rows(run.samples, Sample)), _contents(pictures.samples()))
+    if all(before == now for before, now in rows):
         return
-    difference = (f"{len(before)} pictures", f"{len(now)} pictures, {len(set(now) - set(before))} of them new")
+    before = set(_contents(read_rows(run.samples, Sample)))
+    now = set(_contents(pictures.samples()))
+    difference = (f"{len(before)} pictures", f"{len(now)} pictures, {len(now - before)} of them new")
     then = read_run(run.path).get("config", {}) if (run.path / RUN).exists() else {}
     flags = {"--test": "test", "--keep-shared": "keep_shared"}
     causes = {flag: (then.get(name), getattr(config, name)) for flag, name in flags.items()}
     other = {flag: pair for flag, pair in causes.items() if then and pair[0] != pair[1]}
+def _contents(samples: Iterable[Sample]) -> Iterator[str]:
+    return (sample.sha256 for sample in samples)
+
+
     raise FingerprintMismatch(run.path, {"--images": difference, **other})
 
 

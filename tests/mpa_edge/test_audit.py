@@ -25,9 +25,9 @@ from mpa_edge.audit_counts import Round, histograms
 from mpa_edge.audit_questions import Favourites
 from mpa_edge.audit_sample import MOST_REASONS, Sampler, Shown
 from mpa_edge.config import AlignConfig
-from mpa_edge.datasets import Skipped
 from mpa_edge.errors import RunError
 from mpa_edge.records import Annotation, Case, Record, Sample, write_rows
+from mpa_edge.scan_index import Skipped
 from mpa_edge.tasks import task_named
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'

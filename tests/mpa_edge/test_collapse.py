@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from mpa_edge.collapse import collapsed, keys_of, mark_duplicates, question_key
@@ -51,11 +54,15 @@ def test_keys_are_those_of_near_duplicates() -> None:
 
 def test_repeated_questions_are_capped_only_when_asked() -> None:
     keys = [keys_of("What time is it?", "10:10" if number % 2 else f"{number}") for number in range(200)]
-    questions, pairs = [question for question, _ in keys], [pair for _, pair in keys]
-    assert sum(collapsed(questions, pairs)) == 0
-    assert sum(collapsed(questions, pairs, pair_share=0.2)) == 60  # 40 of the 100 with the answer 10:10 stay
-    assert list(collapsed(questions, pairs, question_share=0.25)) == [0] * 50 + [1] * 150
-    assert sum(collapsed(questions, pairs, question_share=0.01)) == 180
-    assert sum(collapsed(questions, pairs, question_share=0.01, at_least=1)) == 198
+    questions, pairs = (np.array(column, np.uint64) for column in zip(*keys, strict=True))
+
+    def over(**shares: Any) -> list[int]:
+        return list(collapsed(lambda: [(questions[:70], pairs[:70]), (questions[70:], pairs[70:])], **shares))
+
+    assert sum(over()) == 0
+    assert sum(over(pair_share=0.2)) == 60  # 40 of the 100 with the answer 10:10 stay
+    assert over(question_share=0.25) == [0] * 50 + [1] * 150
+    assert sum(over(question_share=0.01)) == 180
+    assert sum(over(question_share=0.01, at_least=1)) == 198
     # One that is dropped for its question takes no room of its answer's.
-    assert sum(collapsed(questions, pairs, question_share=0.25, pair_share=0.2)) == 150
+    assert sum(over(question_share=0.25, pair_share=0.2)) == 150

@@ -54,11 +54,11 @@ def kill_when(sign: Path, arguments: list[str]) -> None:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Everything but the lock and run.json, whose timings differ."""
+    """Everything but what timings, or times of files, are part of."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in out.rglob("*")
-        if path.is_file() and path.name not in (".lock", "run.json")
+        if path.is_file() and path.name not in (".lock", ".scan.sqlite", "run.json")
     }
 
 

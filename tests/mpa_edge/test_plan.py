@@ -92,11 +92,11 @@ def test_nothing_is_written_into_the_run(images: Path) -> None:
     run = images.parent / "run"
     assert not run.exists()
     run.mkdir()
-    scan_images(images, cache=run / ".scan.jsonl")
-    before = (run / ".scan.jsonl").stat().st_mtime_ns
+    scan_images(images, cache=run / ".scan.sqlite")
+    before = (run / ".scan.sqlite").stat().st_mtime_ns
     plan_models(config(images), Teller(), Teller())
-    assert [path.name for path in run.iterdir()] == [".scan.jsonl"]
-    assert (run / ".scan.jsonl").stat().st_mtime_ns == before
+    assert [path.name for path in run.iterdir()] == [".scan.sqlite"]
+    assert (run / ".scan.sqlite").stat().st_mtime_ns == before
 
 
 def test_the_sample_is_spread_over_the_pictures(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,29 +193,29 @@ def test_pictures_are_extracted_once_and_again_when_they_are_gone(
         return real(data, **options)
 
     monkeypatch.setattr("mpa_edge.datasets.open_image", counting)
-    first = scan_images(source, store=store, cache=tmp_path / "scan.jsonl")
+    first = scan_images(source, store=store, cache=tmp_path / "scan.sqlite")
     times = [Path(sample.path).stat().st_mtime_ns for sample in first[0]]
     (store / f".{'0' * 8}.tmp").touch()
-    assert scan_images(source, store=store, cache=tmp_path / "scan.jsonl") == first
+    assert scan_images(source, store=store, cache=tmp_path / "scan.sqlite") == first
     assert len(opened) == 5
     Path(first[0][2].path).unlink()
-    assert scan_images(source, store=store, cache=tmp_path / "scan.jsonl") == first
+    assert scan_images(source, store=store, cache=tmp_path / "scan.sqlite") == first
     assert len(opened) == 10
     after = [Path(sample.path).stat().st_mtime_ns for sample in first[0]]
     assert [old == new for old, new in zip(times, after, strict=True)] == [True, True, False, True, True]
     assert sorted(path.name for path in store.iterdir()) == sorted(Path(sample.path).name for sample in first[0])
     write_parquet(source, [encoded(9)])
-    assert contents(scan_images(source, store=store, cache=tmp_path / "scan.jsonl")[0]) == [encoded(9)]
+    assert contents(scan_images(source, store=store, cache=tmp_path / "scan.sqlite")[0]) == [encoded(9)]
 
 
 def test_a_limit_leaves_the_rest_alone(tmp_path: Path) -> None:
     cells = [encoded(0), b"bad", encoded(0), *(encoded(n) for n in range(1, 50))]
     source = write_parquet(tmp_path / "p.parquet", cells)
-    samples, skipped = scan_images(source, store=tmp_path / "store", limit=3, cache=tmp_path / "scan.jsonl")
+    samples, skipped = scan_images(source, store=tmp_path / "store", limit=3, cache=tmp_path / "scan.sqlite")
     assert contents(samples) == [encoded(0), encoded(1), encoded(2)]
     assert [item.reason for item in skipped] == ["unreadable", "duplicate"]
     assert len(list((tmp_path / "store").iterdir())) == 3
-    assert len(scan_images(source, store=tmp_path / "store", limit=4, cache=tmp_path / "scan.jsonl")[0]) == 4
+    assert len(scan_images(source, store=tmp_path / "store", limit=4, cache=tmp_path / "scan.sqlite")[0]) == 4
 
 
 def test_a_large_table_is_not_held_in_memory(tmp_path: Path) -> None:
