@@ -133,6 +133,8 @@ class TrainingSetMaker:
                 facts |= {"used": self._scanned.pictures, "skipped": self._scanned.skipped}
                 if pictures.overlap:
                     facts |= {"shared": self._scanned.shared, "test_pictures": self._scanned.test_pictures}
+        return self._scanned
+
     def _write_samples(self, pictures: Pictures) -> Scanned:
         write_rows(self._run.samples, pictures.samples())
         write_rows(self._run.skipped, pictures.skipped())
@@ -143,8 +145,6 @@ class TrainingSetMaker:
         looked_at = (pictures.overlap.looked_at, pictures.overlap.pictures) if pictures.overlap else None
         skipped = count_by(item.reason for item in pictures.skipped())
         return Scanned(count, skipped, pictures.shared, digest.hexdigest(), looked_at)
-
-        return self._scanned
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -352,11 +352,11 @@ def _refuse_other_pictures(config: AlignConfig, run: RunFolder, pictures: Pictur
     flags = {"--test": "test", "--keep-shared": "keep_shared"}
     causes = {flag: (then.get(name), getattr(config, name)) for flag, name in flags.items()}
     other = {flag: pair for flag, pair in causes.items() if then and pair[0] != pair[1]}
+    raise FingerprintMismatch(run.path, {"--images": difference, **other})
+
+
 def _contents(samples: Iterable[Sample]) -> Iterator[str]:
     return (sample.sha256 for sample in samples)
-
-
-    raise FingerprintMismatch(run.path, {"--images": difference, **other})
 
 
 def _move_rounds(run: RunFolder, rounds: int) -> None:
