@@ -1,11 +1,14 @@
-"""What a large run takes besides the models: memory and seconds for 100,000 pictures, and the seconds of a resume.
+"""What a large run takes besides its models: memory, time and disk for 1,000 to 1,000,000 pictures, and for a resume.
 
     python -m mpa_edge.benchmarks.scale                    writes benchmarks/results/scale.json
+    python -m mpa_edge.benchmarks.scale --cost             the table and the model of cost, from that file
 
-The models are fakes, which answer at once; pictures are scanned, opened, asked about, compared, selected and written as
-in any run, up to the training set. Each figure is of a process of its own. `rss_mb` is the process's peak resident
-memory, `imported_mb` what it was before it did anything, and `cpu_seconds`, imports and all, are what other work on the
-machine does not stretch.
+The models are fakes, which answer at once; pictures are scanned, opened, asked about (one question each), compared,
+selected and written as in any run, up to the training set. Each figure is of a process of its own: `peak_rss_mb` is the
+most resident memory it ever had, `imported_mb` what it was before it did anything. `us_per_row` are microseconds of CPU
+for a picture with its question, fakes included; `opening_us` of them go to opening the picture four times (scan,
+teacher, teacher, student), which a photo takes milliseconds for and a model that sees it far more. CPU seconds are what
+other work on the machine stretches least, so both they and those of the clock are given.
 """
 
 from __future__ import annotations
@@ -26,16 +29,20 @@ import typer
 from PIL import Image
 
 from mpa_edge.benchmarks.host import host
+from mpa_edge.benchmarks.scale_cost import CostModel
 from mpa_edge.config import AlignConfig
 from mpa_edge.fake import WORDS, FakeVlm
 from mpa_edge.records import write_atomic
+from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
 from mpa_edge.tasks import task_named
 from mpa_edge.training_set import make_training_set
 
-SIZES = (10_000, 50_000, 100_000)
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
 TASK = "reference"
 EDGE = 12
+# Times that a run opens each picture.
+OPENED = 4
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -55,12 +62,27 @@ class Writer(FakeVlm):
         ]
 
     def _written(self, image: Image.Image) -> Answer:
-        red, green, blue = image.convert("RGB").tobytes()[:3]
+        red, green, blue = _corner(image)
         return Answer(f"What stands at {red} {green} {blue}? {WORDS[red % len(WORDS)]}")
 
     def _answered(self, image: Image.Image, prompt: str) -> Answer:
-        red, green, _ = image.convert("RGB").tobytes()[:3]
+        red, green, _ = _corner(image)
         return Answer(WORDS[(red if green > 50 else green) % len(WORDS)])
+
+
+class Guesser(FakeVlm):
+    """A student that is sometimes right."""
+
+    def answer(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Answer]:
+        """Answer one prompt per picture, in order."""
+        return [Answer(WORDS[_corner(image)[2] % len(WORDS)]) for image in images]
+
+
+def _corner(image: Image.Image) -> tuple[int, int, int]:
+    found: Any = image.getpixel((0, 0))
+    return found
 
 
 @app.command()
@@ -70,30 +92,27 @@ def main(
         list[int] | None, typer.Option(help="Pictures; repeat for several.", show_default=str(SIZES))
     ] = None,
     results: Annotated[Path, typer.Option(help="The file to write.")] = RESULTS,
+    cost: Annotated[bool, typer.Option("--cost", help="Only print the table and the model of cost.")] = False,
     one: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure each size, first and resumed, and write the figures."""
+    """Measure each size, first and resumed, and write the figures after each; those of other sizes are kept."""
     if one is not None:
         typer.echo(json.dumps(measure(out, one)))
         return
-    counts = sizes or list(SIZES)
-    write_pictures(out / "pictures", max(counts))
-    rows = []
-    for count in counts:
+    for count in () if cost else sizes or SIZES:
+        write_pictures(out / "pictures", count)
         first, resumed = _in_a_process(out, count), _in_a_process(out, count)
-        rows.append({"pictures": count, "first": first, "resumed": resumed})
-        typer.echo(
-            f"{count:,} pictures: {first['rss_mb']} MB, {first['seconds']} s ({first['cpu_seconds']} s of CPU); "
-            f"resumed in {resumed['seconds']} s ({resumed['cpu_seconds']} s of CPU)"
-        )
-    write_atomic(results, json.dumps(_report(rows), indent=1) + "\n")
+        known = _known(results)
+        rows = {row["rows"]: row for row in [*known, _row(count, first, resumed, out / f"run-{count}")]}
+        write_atomic(results, json.dumps(_report([rows[size] for size in sorted(rows)]), indent=1) + "\n")
+    typer.echo(told(json.loads(results.read_text())))
 
 
 def measure(out: Path, count: int) -> dict[str, Any]:
     """One run in this process."""
-    imported = _rss_mb()
-    names = (out / "pictures" / _name(number) for number in range(count))
-    write_atomic(out / f"{count}.txt", "".join(f"{name.absolute()}\n" for name in names))
+    imported, before = _rss_mb(), time.process_time()
+    with (out / f"{count}.txt").open("w") as listed:
+        listed.writelines(f"{(out / 'pictures' / _name(number)).absolute()}\n" for number in range(count))
     config = AlignConfig(
         images=str(out / f"{count}.txt"),
         teacher="fake:",
@@ -103,11 +122,12 @@ def measure(out: Path, count: int) -> dict[str, Any]:
         questions=1,
     )
     start = time.perf_counter()
-    made = make_training_set(config, Writer(), FakeVlm())
+    made = make_training_set(config, Writer(), Guesser())
     return {
         "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time(), 1),
-        "rss_mb": _rss_mb(),
+        "cpu_seconds": round(time.process_time() - before, 2),
+        "opening_us": _opening_us(out / "pictures", min(count, 2000)),
+        "peak_rss_mb": _rss_mb(),
         "imported_mb": imported,
         "verdicts": made.counts.verdicts,
         "training_rows": sum(made.counts.training.values()),
@@ -118,13 +138,14 @@ def write_pictures(folder: Path, count: int) -> None:
     """Pictures of noise, each another one; those that are there are kept."""
     for number in range(count):
         path = folder / _name(number)
-        if not path.exists():
+        if number % 1000 == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.frombytes("RGB", (EDGE, EDGE), random.Random(number).randbytes(3 * EDGE * EDGE)).save(path)
+        if not path.exists():
+            path.write_bytes(b"P6 %d %d 255\n" % (EDGE, EDGE) + random.Random(number).randbytes(3 * EDGE * EDGE))
 
 
 def _name(number: int) -> str:
-    return f"{number // 1000:03d}/{number:06d}.png"
+    return f"{number // 1000:03d}/{number:06d}.ppm"
 
 
 def _in_a_process(out: Path, count: int) -> dict[str, Any]:
@@ -140,21 +161,60 @@ def _rss_mb() -> float:
     return round(peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024), 1)
 
 
+def _opening_us(folder: Path, count: int) -> int:
+    before = time.process_time()
+    for number in range(count):
+        open_image(folder / _name(number))
+    return round(OPENED * (time.process_time() - before) / count * 1e6)
+
+
+def _known(results: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.is_file() else []
+    return rows
+
+
+def _row(count: int, first: dict[str, Any], resumed: dict[str, Any], run: Path) -> dict[str, Any]:
+    files = [path.stat().st_size for path in run.rglob("*") if path.is_file()]
+    parts = [path.stat().st_size for path in run.glob("*/part-*.jsonl")]
+    manifests = [path.stat().st_size for path in (run / "run.json", *run.glob("*/stage.json"))]
+    return {
+        "rows": count,
+        "peak_rss_mb": max(first["peak_rss_mb"], resumed["peak_rss_mb"]),
+        "us_per_row": round(first["cpu_seconds"] / count * 1e6),
+        "opening_us": first["opening_us"],
+        "resume_s": resumed["seconds"],
+        "resume_cpu_s": resumed["cpu_seconds"],
+        "bytes_per_row": round(sum(files) / count),
+        "parts": len(parts),
+        "largest_part_kb": round(max(parts) / 1000),
+        "manifests_kb": round(sum(manifests) / 1000, 1),
+        "first": first,
+        "resumed": resumed,
+    }
+
+
 def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    least, most = rows[0], rows[-1]
-    more = most["first"]["rss_mb"] - least["first"]["rss_mb"]
-    pictures = most["pictures"] - least["pictures"]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "host": host(),
         "load_at_end": os.getloadavg()[0],
         "rows": rows,
-        "ratios": {
-            "rss_most_to_least": round(most["first"]["rss_mb"] / least["first"]["rss_mb"], 2),
-            "bytes_per_picture": round(more * 1e6 / pictures) if pictures else None,
-            "resume_to_first_cpu": round(most["resumed"]["cpu_seconds"] / most["first"]["cpu_seconds"], 3),
-        },
+        "memory_most_to_least": round(rows[-1]["peak_rss_mb"] / rows[0]["peak_rss_mb"], 2),
     }
+
+
+def told(report: dict[str, Any]) -> str:
+    """The table, and the model of cost that follows from the largest run."""
+    lines = [f"{'rows':>10} {'peak MB':>8} {'us/row':>7} {'opening':>8} {'resume s':>9} {'B/row':>6} {'parts':>6}"]
+    lines += [
+        f"{row['rows']:>10,} {row['peak_rss_mb']:>8} {row['us_per_row']:>7} {row['opening_us']:>8} "
+        f"{row['resume_s']:>9} {row['bytes_per_row']:>6} {row['parts']:>6}"
+        for row in report["rows"]
+    ]
+    last = report["rows"][-1]
+    model = CostModel(us_per_row=last["us_per_row"], bytes_per_row=last["bytes_per_row"])
+    lines += [f"memory of the largest to that of the smallest: {report['memory_most_to_least']}", "", *model.lines()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
