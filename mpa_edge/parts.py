@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic
 
 from mpa_edge.errors import FingerprintMismatch, RunError
-from mpa_edge.records import Row, read_rows, write_atomic, write_rows
+from mpa_edge.records import Record, Row, lines_of, read_rows, write_atomic
 
-STAGE = "stage.json"
+STAGE, DIGEST = "stage.json", ".sha256"
 # What fails so often fails for its own sake, and not because of the day.
 ATTEMPTS = 3
 
@@ -37,8 +39,9 @@ class Parts(Generic[Row]):
         self._row = row
 
     def due(self, number: int) -> bool:
-        """Whether part `number`, from 0, is missing or holds failed rows that are worth another attempt."""
-        return not part_path(self.folder, number).exists() or (self.again and 0 < self._attempts(number) < ATTEMPTS)
+        """Whether part `number`, from 0, is missing or damaged, or holds failed rows that are worth another attempt."""
+        worth = self.again and 0 < self._attempts(number) < ATTEMPTS
+        return worth or not part_path(self.folder, number).exists() or is_damaged(part_path(self.folder, number))
 
     def fill(self, number: int, work: Work[Row]) -> None:
         """Write part `number` if it is due. `work` gets the rows that are there, failed ones too, and returns all rows
@@ -46,11 +49,13 @@ class Parts(Generic[Row]):
         if not self.due(number):
             return
         path, note = part_path(self.folder, number), self._note(number)
-        rows = work(self.read(number) if path.exists() else [])
+        if damaged := is_damaged(path):
+            warnings.warn(f"{path} is damaged; it is made again", stacklevel=2)
+        rows = work(self.read(number) if path.exists() and not damaged else [])
         # In this order, so that whoever is killed in between leaves a part that is looked at once more.
         if any(row.failed for row in rows):
             self._mark(number, self._attempts(number) + 1)
-        write_rows(path, rows)
+        _write_part(path, rows)
         if not any(row.failed for row in rows):
             note.unlink(missing_ok=True)
 
@@ -66,6 +71,8 @@ class Parts(Generic[Row]):
             raise RunError(
                 f"{self.folder} is not finished: {path.name} is missing. Type the same command again to go on."
             )
+        if is_damaged(path):
+            raise RunError(f"{path} is damaged. Type the mpa-edge align command again: it makes this part anew.")
         return list(read_rows(path, self._row))
 
     def __iter__(self) -> Iterator[list[Row]]:
@@ -101,6 +108,25 @@ def read_parts(folder: Path, row: type[Row]) -> Iterator[Row]:
 def part_path(folder: Path, number: int) -> Path:
     """Where part `number` lies, from 0."""
     return folder / f"part-{number:05d}.jsonl"
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a part is not as it was written; one without a digest beside it, of an older version, is taken as it is,
+    and so is one whose digest is damaged itself."""
+    try:
+        digest = path.with_suffix(DIGEST).read_text().partition(" ")[0]
+        return (
+            re.fullmatch("[0-9a-f]{64}", digest) is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def _write_part(path: Path, rows: Sequence[Record]) -> None:
+    """Write a part after its digest: whoever is killed in between leaves a part that is made again, or none."""
+    content = lines_of(rows)
+    write_atomic(path.with_suffix(DIGEST), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+    write_atomic(path, content)
 
 
 def open_stage(folder: Path, fingerprint: Mapping[str, Any], *, parts: int = 0) -> None:
@@ -148,13 +174,25 @@ def digest_of_stage(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def asked_about(folder: Path) -> str | None:
+    """The digest of the pictures that a stage is about, as its fingerprint has it; None where it does not tell."""
+    try:
+        found = _read_stage(folder)["fingerprint"]["input"]
+    except (RunError, KeyError, TypeError):
+        return None
+    return str(found)
+
+
 def _read_stage(folder: Path) -> dict[str, Any]:
     path = folder / STAGE
     try:
         stage: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {"fingerprint": stage["fingerprint"], "parts": int(stage["parts"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}). Use --fresh to start over.") from error
+        raise RunError(
+            f"{path} cannot be read ({error}). Delete {folder}, and type the same command again: it makes this stage "
+            "anew."
+        ) from error
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -123,10 +123,15 @@ def write_rows(path: Path, rows: Iterable[Record | dict[str, Any]]) -> int:
     count = 0
     with _replacing(path) as file:
         for row in rows:
-            line = json.dumps(row if isinstance(row, dict) else row.to_json(), ensure_ascii=False, allow_nan=False)
-            file.write(line.encode() + b"\n")
+            file.write(lines_of([row]))
             count += 1
     return count
+
+
+def lines_of(rows: Iterable[Record | dict[str, Any]]) -> bytes:
+    """Rows as JSONL."""
+    plain = (row if isinstance(row, dict) else row.to_json() for row in rows)
+    return b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in plain)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -192,5 +192,16 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder} is no run folder: {RUN} cannot be read ({error})") from error
+        raise RunError(
+            f"{folder} is no run folder: {RUN} cannot be read ({error}). If it was one, type its mpa-edge align "
+            "command again: it writes that file anew."
+        ) from error
     return content
+
+
+def known_run(folder: Path) -> dict[str, Any]:
+    """The content of a run's `run.json`; empty where there is none, or half of one."""
+    try:
+        return read_run(folder)
+    except RunError:
+        return {}

@@ -24,11 +24,20 @@ from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch
 from mpa_edge.identify import Identifier, Reidentifier
-from mpa_edge.parts import STAGE, Parts, compare_fingerprints, digest_of_stage, drop_stage, open_parts, read_parts
+from mpa_edge.parts import (
+    STAGE,
+    Parts,
+    asked_about,
+    compare_fingerprints,
+    digest_of_stage,
+    drop_stage,
+    open_parts,
+    read_parts,
+)
 from mpa_edge.progress import progress, say
 from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
 from mpa_edge.remember import remembered
-from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, read_run
+from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, known_run
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.saving import save_for_trainers
 from mpa_edge.scan import Pictures, find_pictures
@@ -319,9 +328,9 @@ def _refuse_other_settings(run: RunFolder, now: dict[str, Any]) -> None:
 
     Each stage looks again at what shapes its own output; this check sees it first and names the flags.
     """
-    if not (run.path / RUN).exists() or not run.annotations.exists():
+    before = known_run(run.path)
+    if not before or not run.annotations.exists():
         return
-    before = read_run(run.path)
     for shaping in (_flags, _models):
         compare_fingerprints(run.path, shaping(before), shaping(now))
 
@@ -342,13 +351,15 @@ def _models(content: dict[str, Any]) -> dict[str, Any]:
 def _refuse_other_pictures(config: AlignConfig, run: RunFolder, pictures: Pictures) -> None:
     if not run.samples.exists() or not run.annotations.exists():
         return
+    if asked_about(run.annotations) == _digest(_contents(pictures.samples())):
+        return  # whatever became of the list of them
     rows = zip_longest(_contents(read_rows(run.samples, Sample)), _contents(pictures.samples()))
     if all(before == now for before, now in rows):
         return
     before = set(_contents(read_rows(run.samples, Sample)))
     now = set(_contents(pictures.samples()))
     difference = (f"{len(before)} pictures", f"{len(now)} pictures, {len(now - before)} of them new")
-    then = read_run(run.path).get("config", {}) if (run.path / RUN).exists() else {}
+    then = known_run(run.path).get("config", {})
     flags = {"--test": "test", "--keep-shared": "keep_shared"}
     causes = {flag: (then.get(name), getattr(config, name)) for flag, name in flags.items()}
     other = {flag: pair for flag, pair in causes.items() if then and pair[0] != pair[1]}
@@ -361,7 +372,8 @@ def _contents(samples: Iterable[Sample]) -> Iterator[str]:
 
 def _move_rounds(run: RunFolder, rounds: int) -> None:
     """Put the rounds of an earlier run with more or fewer of them where they lie now."""
-    before = read_run(run.path)["config"].get("rounds", 1) if (run.path / RUN).exists() else rounds
+    then = known_run(run.path)
+    before = then.get("config", {}).get("rounds", 1) if then else rounds
     if before != rounds:
         run.move_to(run.round(before))
         run.round(rounds).move_to(run)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError, RunLocked
-from mpa_edge.parts import ATTEMPTS, Parts, digest_of_stage, open_parts, open_stage, read_parts, sweep
+from mpa_edge.parts import ATTEMPTS, Parts, digest_of_stage, open_parts, open_stage, part_path, read_parts, sweep
 from mpa_edge.records import Annotation, Sample
 from mpa_edge.run_folder import RunFolder, set_aside
 
@@ -37,12 +39,51 @@ def test_rows_come_back_in_order_and_part_by_part(tmp_path: Path) -> None:
     assert list(read_parts(tmp_path / "s", Sample)) == ROWS
     assert [len(rows) for rows in parts] == [4, 4, 2]
     assert parts.read(2) == ROWS[8:]
-    assert sorted(contents(tmp_path / "s")) == [
-        "part-00000.jsonl",
-        "part-00001.jsonl",
-        "part-00002.jsonl",
-        "stage.json",
-    ]
+    parts_and_digests = [f"part-0000{number}.{kind}" for number in range(3) for kind in ("jsonl", "sha256")]
+    assert sorted(contents(tmp_path / "s")) == [*parts_and_digests, "stage.json"]
+    check = ["sha256sum", "--check", "--quiet", *(name for name in parts_and_digests if name.endswith("sha256"))]
+    if shutil.which("sha256sum"):
+        subprocess.run(check, cwd=tmp_path / "s", check=True)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_between_rows(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def flip(path: Path) -> None:
+    """One bit of a digit, so that the rows still are rows."""
+    path.write_bytes(path.read_bytes().replace(b"4.png", b"5.png"))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, cut_between_rows, flip, empty])
+def test_a_damaged_part_is_found_and_made_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    before = fill(tmp_path / "s") and contents(tmp_path / "s")
+    damage(part_path(tmp_path / "s", 1))
+    parts = Parts(tmp_path / "s", Sample)
+    parts.again = False  # something was trained on the others: it is made again all the same
+    assert [parts.due(number) for number in range(3)] == [False, True, False]
+    with pytest.raises(RunError, match=r"part-00001\.jsonl is damaged.*again"):
+        list(parts)
+    with pytest.warns(UserWarning, match=r"part-00001\.jsonl is damaged; it is made again"):
+        fill(tmp_path / "s")
+    assert contents(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize("digest", [None, "", "half a dig"])
+def test_a_part_without_a_digest_is_taken_as_it_is(digest: str | None, tmp_path: Path) -> None:
+    parts = fill(tmp_path / "s")
+    note = part_path(tmp_path / "s", 1).with_suffix(".sha256")
+    note.unlink() if digest is None else note.write_text(digest)
+    assert not parts.due(1)
+    assert list(read_parts(tmp_path / "s", Sample)) == ROWS
 
 
 def test_resume_fills_the_missing_parts_only(tmp_path: Path) -> None:
@@ -82,7 +123,7 @@ def test_failed_rows_are_asked_again_and_others_are_not(tmp_path: Path) -> None:
     parts.fill(0, repaired)
     assert given == [[good, failed, rejected]]
     assert not parts.due(0)
-    assert sorted(contents(tmp_path)) == ["part-00000.jsonl", "stage.json"]
+    assert sorted(contents(tmp_path)) == ["part-00000.jsonl", "part-00000.sha256", "stage.json"]
 
 
 def test_what_fails_again_and_again_is_left_so(tmp_path: Path) -> None:
