@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from typing import Any
 
 from PIL import Image
@@ -18,12 +19,24 @@ JPEG_QUALITY = 95
 ENCODING = {"png_up_to_pixels": PNG_PIXELS, "jpeg_quality": JPEG_QUALITY, "jpeg_subsampling": "4:4:4"}
 
 
+# What some model's tokenizer takes for a token of its own: <image>, </s>, <|im_end|>, <｜User｜>, <row_1_col_1>, [INST].
+_CONTROL = re.compile(r"<(?=[/|｜]{0,2}[\w▁][^<>\s]{0,60}>)|\[(?=/?[A-Z_]{2,40}\])")
+# Has no width, and keeps what it stands in from being one token.
+_APART = "\u200b"
+
+
+def without_control_tokens(text: str) -> str:
+    """The text with a zero width space inside of whatever a chat server's tokenizer may take for a control token: it
+    reads markers in a message as it reads its template's own, so that a question could end the turn."""
+    return _CONTROL.sub(lambda found: found[0] + _APART, text)
+
+
 def request_of(
     model: str, host: str, image: Image.Image, prompt: str, decoding: Decoding, longest_edge: int | None
 ) -> dict[str, Any]:
     """The arguments of `chat.completions.create` for one question about one picture, as one user turn."""
     picture = {"type": "image_url", "image_url": {"url": data_url(image, longest_edge)}}
-    text = {"type": "text", "text": prompt}
+    text = {"type": "text", "text": without_control_tokens(prompt)}
     # Some hosts refuse what they do not know, so nothing is sent that does not matter.
     chance = {"top_p": decoding.top_p, "seed": decoding.seed} if decoding.temperature > 0 else {}
     # OpenAI's newer models refuse the old name, which everybody else has.

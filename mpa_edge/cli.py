@@ -212,11 +212,12 @@ def ask(
 ) -> None:
     """Answer a question about a picture, on this machine, from the bundle alone."""
     from mpa_edge.runtime import load
+    from mpa_edge.terminal import shown
 
     with load(bundle, device=device, threads=threads, longest_edge=longest_edge) as vlm:
         stream = vlm.stream(image, question, max_new_tokens=max_new_tokens)
         for text in stream:
-            typer.echo(text, nl=False)
+            typer.echo(shown(text), nl=False)
         typer.echo()
         if timings and stream.answer:
             typer.echo(stream.answer.timings.line(), err=True)

@@ -83,6 +83,8 @@ class AlignConfig(Settings):
     device: Device = setting("auto", MODELS, help="Where transformers models run.")
     dtype: Dtype = setting("auto", MODELS, help="Their precision; auto is float32 on a CPU, bfloat16 elsewhere.")
 
+    trust_remote_code: bool = setting(False, MODELS, help="Run Python code that a model's folder or hub page brings.")
+
     questions: int = setting(3, QUESTIONS, ge=1, le=64, help="Questions per picture.")
     question_share: float | None = setting(
         None, QUESTIONS, gt=0, le=1, help="Largest share of one question among all; the rest is collapsed."

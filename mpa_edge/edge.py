@@ -22,6 +22,7 @@ import typer
 
 from mpa_edge.disk import disk_trouble
 from mpa_edge.errors import AGAIN, MpaEdgeError
+from mpa_edge.terminal import in_one_line, shown
 
 # What a service manager, a batch system or a closed terminal sends; Python would die of them without a word.
 ENDING = ("SIGTERM", "SIGHUP")
@@ -40,7 +41,7 @@ def run(app: Callable[[], object]) -> None:
     try:
         app()
     except MpaEdgeError as error:
-        _end(f"error: {error}", 1)
+        _end(f"error: {in_one_line(str(error))}", 1)
     except Exception as error:
         trouble = disk_trouble(error)
         if trouble is None:
@@ -82,5 +83,5 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
 def _end(line: str, code: int) -> NoReturn:
     # What was typed with --fresh must not be typed again with it: that would delete what is finished.
     told = line.replace(AGAIN, f"{AGAIN}, without --fresh,") if "--fresh" in sys.argv else line
-    typer.echo(told, err=True)
+    typer.echo(shown(told), err=True)
     sys.exit(code)

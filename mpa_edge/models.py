@@ -10,6 +10,7 @@ from mpa_edge.bundle import MANIFEST
 from mpa_edge.chat_address import is_address
 from mpa_edge.errors import InputError, MissingExtra, ModelError
 from mpa_edge.fake import PREFIX, open_fake
+from mpa_edge.pickles import refuse_pickles
 from mpa_edge.runtime.vlm import Vlm
 
 Kind = Literal["transformers", "server", "bundle", "fake"]
@@ -36,6 +37,7 @@ def open_vlm(
     longest_edge: int | None = None,
     max_requests: int | None = None,
     concurrency: int = 8,
+    trust_remote_code: bool = False,
 ) -> Vlm:
     """Open the model that a spec names.
 
@@ -44,7 +46,7 @@ def open_vlm(
     base, one with `config.json` is a transformers model; anything else is a hub id. `name` is how reports call it.
 
     `device`, `dtype` and `batch_size` matter to transformers models only and `concurrency` to chat servers only; the
-    others pass them over. The rest changes what a model answers or costs, so it must fit: `four_bit` (weights in NF4)
+    others pass them over. `trust_remote_code` runs code that a transformers model brings. The rest changes what a model answers or costs, so it must fit: `four_bit` (weights in NF4)
     transformers models, `max_requests` chat servers, `longest_edge` (pixels) both.
 
     Raises `InputError` for a path at which no model lies and for a setting that does not fit, `ModelError` for a model
@@ -62,7 +64,14 @@ def open_vlm(
             spec, name=name, longest_edge=longest_edge, max_requests=max_requests, concurrency=concurrency
         )
     return _open_transformers(
-        spec, name, device=device, dtype=dtype, batch_size=batch_size, four_bit=four_bit, longest_edge=longest_edge
+        spec,
+        name,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        four_bit=four_bit,
+        longest_edge=longest_edge,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -138,3 +147,4 @@ def _require_model(folder: Path, spec: str) -> None:
         raise InputError(f"{spec}: no such model folder")
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER)):
         raise InputError(f"{spec}: no model (none of {MANIFEST}, {ADAPTER} and config.json is there)")
+    refuse_pickles(folder, "adapter_model.safetensors" if (folder / ADAPTER).is_file() else "*.safetensors")

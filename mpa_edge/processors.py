@@ -19,19 +19,22 @@ VIDEOS = "video_processor"
 SETTINGS = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
 
 
-def load_processor(spec: str | Path, longest_edge: int | None = None) -> Any:
+def load_processor(spec: str | Path, longest_edge: int | None = None, *, trust_remote_code: bool = False) -> Any:
     """`AutoProcessor.from_pretrained` with the Pillow image processor; another one where the model has no such.
 
-    `longest_edge` changes how large the model sees pictures, see `limit`.
+    `longest_edge` changes how large the model sees pictures, see `limit`. Code that the model brings is not run, unless
+    `trust_remote_code`.
     """
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    known: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(spec)), AutoProcessor)
+    known: Any = PROCESSOR_MAPPING.get(
+        type(AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)), AutoProcessor
+    )
     if known is not AutoProcessor and VIDEOS in known.get_attributes():
         processor = without_videos(known).from_pretrained(spec, backend="pil", **{VIDEOS: None})
     else:
-        processor = AutoProcessor.from_pretrained(spec, backend="pil")
+        processor = AutoProcessor.from_pretrained(spec, backend="pil", trust_remote_code=trust_remote_code)
     if longest_edge is not None:
         limit(processor.image_processor, longest_edge)
     return processor

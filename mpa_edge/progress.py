@@ -14,6 +14,7 @@ from rich.progress import Task as Bar
 from rich.text import Text
 
 from mpa_edge.parts import Advance
+from mpa_edge.terminal import shown
 
 Tell = Callable[[int, int], object]
 
@@ -96,7 +97,7 @@ class Lines:
 
 def say(text: str) -> None:
     """A line on the error stream."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    print(shown(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _clock(seconds: float) -> str:

@@ -100,7 +100,7 @@ class TrainingData:
     def prepare(self) -> None:
         """Look at every prompt before training starts: `examples` keeps those that can be trained on, `dropped` tells
         the reason for the others by their ids. Fills the cache on the way."""
-        most = most_tokens(self._student.model)
+        most = self._student.most_tokens
         kept = []
         for places in in_batches(range(len(self.examples)), self._student.batch_size):
             images = {place: image for place in places if (image := self._opened(place)) is not None}
@@ -207,11 +207,6 @@ class TrainingData:
         features: Any = [prompt.features.to(device) for prompt in prompts]
         found = features if self._listed else torch.cat(features)
         return {**inputs, FEATURES: {"image": BaseModelOutputWithPooling(pooler_output=found)}}
-
-
-def most_tokens(model: Any) -> int | None:
-    """The length that the language model's positions allow, where it has such a limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def append_targets(

@@ -78,6 +78,7 @@ class TransformersVlm:
         batch_size: int = 32,
         four_bit: bool = False,
         longest_edge: int | None = None,
+        trust_remote_code: bool = False,
     ) -> TransformersVlm:
         """Load a transformers folder or hub id, with a peft adapter on it if one is named; `ModelError` with the reason
         when that fails.
@@ -85,7 +86,7 @@ class TransformersVlm:
         `device` auto takes CUDA, then Apple's GPU, then the CPU; `dtype` auto is float32 on the CPU and bfloat16
         elsewhere. The adapter is not merged. `four_bit` quantizes the weights as they are loaded (see `devices`), and
         `longest_edge` sets how large the model sees pictures (see `processors.limit`); `InputError` where the machine
-        or the processor cannot do that.
+        or the processor cannot do that. Code that the model brings is run with `trust_remote_code` only.
         """
         place = device_named(device)
         if four_bit:
@@ -94,9 +95,13 @@ class TransformersVlm:
         if not sys.stderr.isatty():
             disable_progress_bar()
         try:
-            processor = load_processor(spec, longest_edge)
+            processor = load_processor(spec, longest_edge, trust_remote_code=trust_remote_code)
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                spec, dtype=dtype_named(dtype, place), use_safetensors=True, **quantized
+                spec,
+                dtype=dtype_named(dtype, place),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                **quantized,
             )
             if adapter is not None:
                 model = _with_adapter(model, adapter)
@@ -227,6 +232,12 @@ class TransformersVlm:
             torch.cuda.empty_cache()
 
     @property
+    def most_tokens(self) -> int | None:
+        """The length that the language model's positions allow, where it has such a limit."""
+        most: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return most
+
+    @property
     def pad(self) -> int:
         """The token that fills up rows; it is masked."""
         tokenizer = self.processor.tokenizer
@@ -307,6 +318,9 @@ class TransformersVlm:
     ) -> list[Answer]:
         with Phases(self.model, watch=timed) as phases:
             inputs = encode(images, prompts)
+            width, most = inputs["input_ids"].shape[1], self.most_tokens
+            if most is not None and width > most:
+                raise ValueError(f"the prompt takes {width} tokens, the model takes {most}")
             phases.mark("encoded")
             choose: list[Any] = [phases]
             if decoding.temperature > 0:
@@ -316,7 +330,6 @@ class TransformersVlm:
                 **inputs, max_new_tokens=decoding.max_new_tokens, do_sample=False, logits_processor=choose
             )
             phases.mark("done")
-        width = inputs["input_ids"].shape[1]
         prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()
         timings = phases.timings()
         return [

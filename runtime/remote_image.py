@@ -22,7 +22,8 @@ SECONDS = 15.0
 MAX_REDIRECTS = 3
 
 Address: TypeAlias = "ipaddress.IPv4Address | ipaddress.IPv6Address"
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Where the addresses of the internet are; what else there is leads inside, or to IPv4 by a detour (NAT64 and its kin).
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def is_public(address: Address) -> bool:
@@ -30,7 +31,7 @@ def is_public(address: Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped:
             return is_public(address.ipv4_mapped)
-        if address.sixtofour or address.teredo or address in _NAT64:
+        if address.sixtofour or address.teredo or address not in _GLOBAL_UNICAST:
             return False
     return address.is_global and not address.is_multicast
 
