@@ -19,7 +19,7 @@ JPEG_QUALITY = 95
 ENCODING = {"png_up_to_pixels": PNG_PIXELS, "jpeg_quality": JPEG_QUALITY, "jpeg_subsampling": "4:4:4"}
 
 
-# What some model's tokenizer takes for a token of its own: <image>, </s>, <|im_end|>, <｜User｜>, <row_1_col_1>, [INST].
+# What some model's tokenizer takes for a token of its own: <image>, </s>, <|im_end|>, <｜User｜>, <row_1_col_1>, [INST]
 _CONTROL = re.compile(r"<(?=[/|｜]{0,2}[\w▁][^<>\s]{0,60}>)|\[(?=/?[A-Z_]{2,40}\])")
 # Has no width, and keeps what it stands in from being one token.
 _APART = "\u200b"

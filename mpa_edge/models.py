@@ -46,8 +46,9 @@ def open_vlm(
     base, one with `config.json` is a transformers model; anything else is a hub id. `name` is how reports call it.
 
     `device`, `dtype` and `batch_size` matter to transformers models only and `concurrency` to chat servers only; the
-    others pass them over. `trust_remote_code` runs code that a transformers model brings. The rest changes what a model answers or costs, so it must fit: `four_bit` (weights in NF4)
-    transformers models, `max_requests` chat servers, `longest_edge` (pixels) both.
+    others pass them over. `trust_remote_code` runs code that a transformers model brings. The rest changes what a model
+    answers or costs, so it must fit: `four_bit` (weights in NF4) transformers models, `max_requests` chat servers,
+    `longest_edge` (pixels) both.
 
     Raises `InputError` for a path at which no model lies and for a setting that does not fit, `ModelError` for a model
     that cannot be loaded, and `MissingExtra`. Whether a server answers shows when it is asked first: that is here only
