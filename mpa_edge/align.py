@@ -18,6 +18,7 @@ from mpa_edge.config import AlignConfig
 from mpa_edge.errors import ExportError, FingerprintMismatch, InputError, RunError, UnknownFamily, require
 from mpa_edge.models import ADAPTER, kind_of, open_vlm
 from mpa_edge.progress import progress, say
+from mpa_edge.run_events import recorded
 from mpa_edge.run_folder import RoundFolder, RunFolder, delete, set_aside
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.tasks import task_named
@@ -102,7 +103,8 @@ def align(config: AlignConfig) -> AlignResult:
     meet(config)
     task_named(config.task)
     warn_without_export(config.student)
-    with RunFolder(config.run).lock():
+    run = RunFolder(config.run)
+    with run.lock(), recorded(run.path, config.metrics_file):
         return _align(config, *open_models(config), close=True)
 
 
@@ -125,7 +127,8 @@ def open_models(config: AlignConfig) -> tuple[Vlm, Vlm, Vlm | None]:
 def align_models(config: AlignConfig, teacher: Vlm, student: Vlm, *, asked: Vlm | None = None) -> AlignResult:
     """As `align`, with models that are loaded. The student must be a transformers model; it is trained in place.
     `asked` is asked in its place: the bundle of `config.ask`, or anything that answers as the student does."""
-    with RunFolder(config.run).lock():
+    run = RunFolder(config.run)
+    with run.lock(), recorded(run.path, config.metrics_file):
         return _align(config, teacher, student, asked)
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpa_edge.annotate import Annotator
+from mpa_edge.config import AlignConfig
 from mpa_edge.identify import Identifier, Reidentifier
 from mpa_edge.records import Annotation, Case, Sample
-from mpa_edge.runtime.vlm import Answer
+from mpa_edge.runtime.vlm import Answer, Vlm
+from mpa_edge.tasks import task_named
 
 # Number, from 0, and pictures.
 Part = tuple[int, list[Sample]]
@@ -63,6 +65,12 @@ class Asks:
         """As the identifier's."""
         return self.identifier.cases(rows, pictures, known)
 
+    @property
+    def models(self) -> dict[str, Vlm]:
+        """The models by side: `teacher` where there is one, and who is `asked` in the student's place."""
+        teacher = {"teacher": self.annotator.teacher} if self.annotator else {}
+        return {**teacher, "asked": self.identifier.student}
+
     def unanswered(self, reason: str) -> Asks:
         """The same without models and without opening pictures: every answer failed, for this reason."""
 
@@ -71,6 +79,22 @@ class Asks:
 
         annotator = self.annotator and replace(self.annotator, ask=ask)
         return Asks(annotator, replace(self.identifier, ask=ask))
+
+
+def annotator_of(config: AlignConfig, teacher: Vlm) -> Annotator:
+    """The annotator of a run."""
+    return Annotator(teacher, task_named(config.task), config.questions, config.temperature, config.seed)
+
+
+def identifier_of(config: AlignConfig, teacher: Vlm, student: Vlm) -> Identifier:
+    """The identifier of a run's first round."""
+    task = task_named(config.task)
+    return Identifier(teacher, student, task, config.match, config.votes, config.blind, config.seed)
+
+
+def reidentifier_of(config: AlignConfig, student: Vlm) -> Reidentifier:
+    """The identifier of its later rounds."""
+    return Reidentifier(student, task_named(config.task), config.match)
 
 
 class Here:

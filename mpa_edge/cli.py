@@ -177,6 +177,22 @@ def _say(line: str) -> None:
 
 
 @app.command(
+    epilog="Examples: mpa-edge status runs/shop\n\nwatch -n 30 mpa-edge status runs/shop",
+    short_help="How far a run is: stages, parts, counts, rate, last error.",
+)
+def status(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run. Default: the newest one.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Tell how far a run is and whether it goes on: stages, parts, counts, rate, the last error. Only reads."""
+    from mpa_edge.status import status_of
+    from mpa_edge.terminal import shown
+
+    found = status_of(run or _newest_run("log.jsonl"))
+    typer.echo(found.to_json() if json else shown(found.summary()))
+
+
+@app.command(
     epilog="Example: mpa-edge families --json",
     short_help="List the model families, and what each can be exported to.",
 )
@@ -187,10 +203,10 @@ def families(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fa
     typer.echo(as_json() if json else as_text())
 
 
-def _newest_run() -> Path:
+def _newest_run(file: str = "run.json") -> Path:
     from mpa_edge.errors import InputError
 
-    runs = sorted(Path("runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise InputError("there is no run in runs/: name one, or make one with mpa-edge align")
     return runs[-1].parent

@@ -62,6 +62,10 @@ class AlignConfig(Settings):
     seed: int = setting(0, ge=0, help="Same seed, same run.")
     fresh: bool = setting(False, help="Start over instead of going on where a run stopped.")
 
+    metrics_file: Path | None = setting(
+        None, help="Also keep progress here for Prometheus (node_exporter's textfile collector: NAME.prom)."
+    )
+
     test: str | None = setting(
         None, PICTURES, help="Labelled file; pictures that it shares with --images, near-duplicates too, are kept out."
     )

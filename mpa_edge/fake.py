@@ -5,6 +5,7 @@
     fake:?vision=20&decode=5           takes 20 ms to see and 5 ms to write, for real
     fake:?refuse=0.01                  gives no answer to 1% of the questions
     fake:?broken=out+of+memory         cannot be opened, for the reason given
+    fake:?die=0.01                     takes its process with it at 1% of the questions
 
 Two fakes with one `seed` are right on nested sets of questions, as models of one family tend to be.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +47,7 @@ class FakeSettings:
     prefill: float = 0.0
     decode: float = 0.0
     broken: str = ""
+    die: float = 0.0
 
 
 @dataclass
@@ -62,9 +66,10 @@ class FakeVlm:
         return [self._answer(image, prompt, decoding) for image, prompt in zip(images, prompts, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """The settings, and a digest of what is known."""
-        known = json.dumps(self.known, sort_keys=True).encode()
-        return {"engine": self.engine, **vars(self.settings), "known": hashlib.sha256(known).hexdigest()}
+        """The settings that shape answers, and a digest of what is known."""
+        known = hashlib.sha256(json.dumps(self.known, sort_keys=True).encode()).hexdigest()
+        shaping = {name: value for name, value in vars(self.settings).items() if name != "die"}
+        return {"engine": self.engine, **shaping, "known": known}
 
     def close(self) -> None:
         """Nothing to release."""
@@ -77,6 +82,8 @@ class FakeVlm:
         digest = picture_digest(image)
         key = (digest, prompt)
         timings = Timings(**phases, total=_since(started))
+        if self._draw("die", key) < self.settings.die:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self._draw("refuse", key) < self.settings.refuse:
             return Answer("", finish_reason="error", timings=timings, error="the fake refuses this one")
         text = self._right_answer(digest, prompt) if self._draw("right", key) < self.settings.right else ""

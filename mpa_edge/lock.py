@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from mpa_edge.errors import InputError, RunLocked
 from mpa_edge.parts import sweep
@@ -28,9 +30,19 @@ def locked(folder: Path, flag: str | None) -> Iterator[None]:
         who = f"{flag} {folder}" if flag else str(folder)
         raise InputError(f"{who}: cannot be written ({error.strerror})") from error
     with file:
+        if not _taken(file):
+            raise RunLocked(folder, flag)
+        sweep(folder)
+        yield
+
+
+def _taken(file: IO[str]) -> bool:
+    """Try it more than once: who looks whether a folder is locked (`mpa-edge status`) holds the lock for an instant."""
+    for pause in (0.0, 0.05, 0.1):
+        time.sleep(pause)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunLocked(folder, flag) from None
-        sweep(folder)
-        yield
+            continue
+        return True
+    return False

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mpa_edge.parts import Advance
 from mpa_edge.terminal import shown
+from mpa_edge.watching import rejected, tell_progress
 
 Tell = Callable[[int, int], object]
 
@@ -53,7 +54,7 @@ def counting(label: str, total: int | None = None) -> Iterator[Tell]:
     console = Console(stderr=True)
     if not console.is_terminal:
         lines = Lines(label)
-        yield lines.tell
+        yield _telling(label, lines.tell)
         lines.close()
         return
     columns = (
@@ -63,10 +64,26 @@ def counting(label: str, total: int | None = None) -> Iterator[Tell]:
         TaskProgressColumn(),
         _Rate(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[rejects]}"),
     )
     with Progress(*columns, console=console) as display:
-        task = display.add_task(label, total=total)
-        yield lambda done, of: display.update(task, completed=done, total=of)
+        task = display.add_task(label, total=total, rejects="")
+        yield _telling(label, lambda done, of: display.update(task, completed=done, total=of, rejects=_rejects()))
+
+
+def _telling(label: str, tell: Tell) -> Tell:
+    """Tell those who watch the run, too."""
+
+    def both(done: int, of: int) -> None:
+        tell_progress(label, done, of)
+        tell(done, of)
+
+    return both
+
+
+def _rejects() -> str:
+    count = rejected.total()
+    return f"{count:,} rejected" if count else ""
 
 
 class Lines:
@@ -86,7 +103,8 @@ class Lines:
         if now - self._last >= SECONDS_PER_LINE and done < of:
             rate = (done - self._told) / (now - self._last)
             left = f", {_clock((of - done) / rate)} left" if rate else ""
-            say(f"{self._label}: {done:,} of {of:,}, {rate:.1f}/s{left}")
+            rejects = f", {_rejects()}" if rejected else ""
+            say(f"{self._label}: {done:,} of {of:,}, {rate:.1f}/s{left}{rejects}")
             self._last, self._told = now, done
 
     def close(self) -> None:

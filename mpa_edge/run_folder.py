@@ -3,6 +3,7 @@
     run.json            tool, config as resolved, versions, both models, per-stage counts and timings
     samples.jsonl       the pictures that are used
     skipped.jsonl       the files that are not, each with its reason
+    log.jsonl           what happened when, of every attempt; see mpa_edge.run_events
     images/             the pictures of a parquet file or dataset, each under its digest
     annotations/        stage.json + part-00000.jsonl …
     cases/              stage.json + part-00000.jsonl …
@@ -11,8 +12,8 @@
     audit.html          what was kept and what was dropped, with the pictures
     student/            the adapter with its metrics
 
-Everything but the timings in `run.json` is the same, byte for byte, however often the run was killed and resumed. (On
-one machine; a GPU may round a training step differently from one time to the next.)
+Everything but the log and the timings in `run.json` is the same, byte for byte, however often the run was killed and
+resumed. (On one machine; a GPU may round a training step differently from one time to the next.)
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from mpa_edge.errors import RunError
 from mpa_edge.lock import locked
 from mpa_edge.records import write_atomic
 from mpa_edge.versions import installed
+from mpa_edge.watching import tell_finished
 
 # What a run and its exports leave, besides the rounds before the last one.
 DERIVED = (
@@ -174,8 +176,9 @@ class RunLog:
 
     def note(self, name: str, **facts: Any) -> None:
         """Save a finished stage's facts with its seconds."""
-        self._content["stages"][name] = {**facts, "seconds": round(self._seconds.get(name, 0.0), 3)}
+        noted = self._content["stages"][name] = {**facts, "seconds": round(self._seconds.get(name, 0.0), 3)}
         write_atomic(self._path, json.dumps(self._content, indent=2, ensure_ascii=False) + "\n")
+        tell_finished(name, noted)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:

@@ -37,12 +37,14 @@ from mpa_edge.parts import (
 from mpa_edge.progress import progress, say
 from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
 from mpa_edge.remember import remembered
+from mpa_edge.run_events import recorded
 from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, known_run
 from mpa_edge.runtime.vlm import Vlm
 from mpa_edge.saving import save_for_trainers
 from mpa_edge.scan import Pictures, find_pictures
 from mpa_edge.selection import Choice, choose, training_row
 from mpa_edge.tasks import task_named
+from mpa_edge.watching import tell_rejected
 
 # One question with one answer may make up this share of a run's questions; rarer ones are never too many.
 PAIR_SHARE = 0.05
@@ -92,7 +94,7 @@ def make_training_set(config: AlignConfig, teacher: Vlm, student: Vlm) -> Traini
     Raises as `mpa_edge.align.align` does, but for what concerns training.
     """
     run = RunFolder(config.run)
-    with run.lock():
+    with run.lock(), recorded(run.path, config.metrics_file):
         maker = TrainingSetMaker(config, run, describe(teacher=teacher, student=student))
         scanned = maker.scan()
         annotations, rejected = maker.ask(teacher, student)
@@ -194,7 +196,9 @@ class TrainingSetMaker:
             with self.log.clock("annotate"):
                 annotations.fill(number, lambda known: asker.annotations(samples, known))
         if cases.due(number):
-            usable = [row for row in annotations.read(number) if row.reason is None]
+            rows = annotations.read(number)
+            usable = [row for row in rows if row.reason is None]
+            tell_rejected(row.reason for row in rows)
             with self.log.clock("identify"):
                 cases.fill(number, lambda known: asker.cases(usable, _paths(samples), known))
 

@@ -58,7 +58,7 @@ def files(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in out.rglob("*")
-        if path.is_file() and path.name not in (".lock", ".scan.sqlite", "run.json")
+        if path.is_file() and path.name not in (".lock", ".scan.sqlite", "log.jsonl", "run.json")
     }
 
 

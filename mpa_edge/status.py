@@ -1,0 +1,155 @@
+"""How far a run is, read from its folder while it runs or afterwards; nothing is written, and no row is read."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpa_edge.amounts import spoken_seconds
+from mpa_edge.errors import RunError
+from mpa_edge.lock import LOCK
+from mpa_edge.parts import STAGE
+from mpa_edge.run_events import LOG
+from mpa_edge.run_folder import RUN, known_run
+
+# What is looked at of a log: hours of a run.
+TAIL_BYTES = 256 << 10
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a stage: whole ones, all, and those that hold rows that failed."""
+
+    written: int
+    all: int
+    with_failures: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """`stages` are the finished ones with their counts as in `run.json`, `parts` those of each folder of rows.
+    `progress`, `last_error` and `ended` are lines of the log, of the last attempt: how far its last stage was, with
+    rate and seconds left; the error that ended it; how it ended (None: it runs, or was killed)."""
+
+    run: Path
+    running: bool
+    stages: dict[str, Any]
+    parts: dict[str, Parts]
+    progress: dict[str, Any] | None = None
+    last_error: dict[str, Any] | None = None
+    ended: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """For machines."""
+        return json.dumps(asdict(self) | {"run": os.fspath(self.run)}, indent=2, ensure_ascii=False)
+
+    def summary(self) -> str:
+        """In some lines, for people."""
+        lines = [f"run          {self.run}", f"state        {self._state()}"]
+        for name, facts in self.stages.items():
+            lines.append(f"{name:<12} {_counted(facts)}")
+        for name, parts in self.parts.items():
+            failures = f", {parts.with_failures} with failed rows" if parts.with_failures else ""
+            lines.append(f"{name + '/':<12} {parts.written:,} of {parts.all:,} parts{failures}")
+        if self.last_error:
+            says = self.last_error.get("message") or "see the traceback where it was started"
+            lines.append(f"last error   {self.last_error['time']} {self.last_error['error']}: {says}")
+        return "\n".join(lines)
+
+    def _state(self) -> str:
+        if not self.running:
+            how = f"{self.ended['event']} {self.ended['time']}" if self.ended else "killed, or never begun"
+            return f"not running ({how})"
+        if not self.progress:
+            return "running"
+        now = self.progress
+        rate = f", {now['rate']:,}/s" if now.get("rate") else ""
+        left = f", {spoken_seconds((now['left_s'],) * 2)} left" if now.get("left_s") else ""
+        rejected = sum(now.get("rejected", {}).values())
+        more = f", {rejected:,} rejected" if rejected else ""
+        return f"running: {now['stage']} {now['done']:,} of {now['of']:,}{rate}{left}{more} ({now['time']})"
+
+
+def status_of(run: Path) -> Status:
+    """The status of a run's folder. `RunError` where it is none."""
+    if not (run / RUN).exists() and not (run / LOG).exists():
+        raise RunError(f"{run} is no run folder: it has neither {RUN} nor {LOG}")
+    attempt: list[dict[str, Any]] = []
+    error = None
+    for row in _tail(run / LOG):
+        attempt = [row] if row.get("event") == "started" else [*attempt, row]
+        error = row if row.get("event") == "failed" else error
+    running = is_locked(run)
+    over = [row for row in attempt if row.get("event") in ("done", "failed", "stopped")]
+    far = [row for row in attempt if row.get("event") == "progress"]
+    return Status(
+        run=run,
+        running=running,
+        stages=known_run(run).get("stages", {}),
+        parts={path.parent.name: _parts(path) for path in sorted(run.glob(f"*/{STAGE}")) if _has_parts(path)},
+        progress=far[-1] if far else None,
+        last_error=error,
+        ended=over[-1] if over and not running else None,
+    )
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process works in a folder. Asks for a shared lock and gives it back at once."""
+    try:
+        with (run / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _has_parts(stage: Path) -> bool:
+    return bool(re.fullmatch(r"annotations|cases(-round-\d+)?", stage.parent.name))
+
+
+def _parts(stage: Path) -> Parts:
+    names = os.listdir(stage.parent)  # noqa: PTH208 (of many names, only these are wanted)
+    written = sum(name.startswith("part-") and name.endswith(".jsonl") for name in names)
+    try:
+        count = int(json.loads(stage.read_text())["parts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        count = written
+    return Parts(written, count, sum(name.endswith(".failed") for name in names))
+
+
+def _tail(log: Path) -> Iterator[dict[str, Any]]:
+    """The last lines of a log; a torn one is left out."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _counted(facts: dict[str, Any]) -> str:
+    """`rows 3,000, rejected 12 duplicate, 3 no_question, 200.1 s`"""
+    said = []
+    for name, value in facts.items():
+        if isinstance(value, dict) and all(isinstance(count, int) for count in value.values()):
+            said += [f"{name} {', '.join(f'{count:,} {key}' for key, count in value.items())}"] if value else []
+        elif name == "seconds":
+            said.append(f"{value:,} s")
+        elif isinstance(value, int):
+            said.append(f"{name} {value:,}")
+    return "; ".join(said)

@@ -1,0 +1,128 @@
+"""A real Ray with two actors: the local engine's files, though actors are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mpa_edge.config import AlignConfig
+from mpa_edge.errors import InputError
+from mpa_edge.models import open_vlm
+from mpa_edge.parts import read_parts
+from mpa_edge.records import Annotation, Case
+from mpa_edge.tasks import task_named
+from mpa_edge.training_set import make_training_set
+
+try:
+    import ray  # noqa: F401
+except ImportError:
+    pytest.skip('needs Ray: pip install "mpa-edge[ray]"', allow_module_level=True)
+
+PICTURES, CHUNK = 20, 2
+# With seed 10 that is one of all the teacher's questions: to write about the picture whose red is 18.
+DEADLY = "&die=0.02"
+
+# A process of its own: Ray starts dozens of threads and processes, and is gone with it.
+DRIVER = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+import psutil, ray
+from mpa_edge.config import AlignConfig
+from mpa_edge import ray_engine
+from mpa_edge.training_set import make_training_set
+
+def kill_one_when(sign):
+    while not sign.exists():
+        time.sleep(0.005)
+    workers = [one for one in psutil.Process().children(recursive=True) if "ray::Worker" in " ".join(one.cmdline())]
+    os.kill(workers[0].pid, signal.SIGKILL)
+    print("killed one of", len(workers), flush=True)
+
+ray.init("local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
+config = AlignConfig(**json.loads(sys.argv[1]))
+threading.Thread(target=kill_one_when, args=(config.run / "cases/part-00001.jsonl",), daemon=True).start()
+ray_engine.DEATHS = 2
+pool = ray_engine.RayPool(config)
+make_training_set(config, pool.models["teacher"], pool.models["asked"], pool)
+pool.close()
+"""
+# A machine that is busy with other things starts a worker in a minute, where Ray waits for half a one.
+PATIENT = {"RAY_raylet_start_wait_time_s": "240", "RAY_worker_register_timeout_seconds": "240"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """`settings(out, teacher)`: of a run in which the teacher knows all pictures and the student half of them."""
+    folder = tmp_path_factory.mktemp("photos")
+    rows = []
+    for red in range(PICTURES):
+        image = Image.frombytes("RGB", (12, 12), random.Random(red).randbytes(12 * 12 * 3))
+        image.save(folder / f"{red:02d}.png")
+        says = {task_named("reference").annotate_prompt: f"What is the red of it? {red}", "What is the red": str(red)}
+        rows += [{"image": f"{red:02d}.png", "question": asked, "answers": [said]} for asked, said in says.items()]
+    known = folder / "known.jsonl"
+    known.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(out: Path, teacher: str = "") -> dict[str, Any]:
+        models = {"teacher": f"fake:?known={known}&seed=10&decode=30{teacher}"}
+        models["student"] = f"fake:?known={known}&right=0.5"
+        run = {"images": str(folder), "task": "reference", "out": str(out), "chunk_size": CHUNK, "questions": 2}
+        return {**run, **models, "engine": "ray", "actors": 2}
+
+    return make
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Everything but the lock and what times are in."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in ("run.json", ".lock") and "scan" not in path.name
+    }
+
+
+def test_dying_actors_lose_what_is_in_flight_and_the_files_are_the_local_engines(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """One actor is killed from outside, and one picture kills two; then the local engine asks what is left."""
+    out, undisturbed = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    command = [sys.executable, "-c", DRIVER, json.dumps(settings(out, DEADLY))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **PATIENT})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("killed one of ")
+    assert done.stderr.count("goes to another one") == 2
+    assert done.stderr.count("2 workers died over this part") == 1
+    lost = [row for row in read_parts(out / "annotations", Annotation) if row.failed]
+    assert {row.raw for row in lost} == {"2 workers died over this part"}
+    assert len({row.sample_id for row in lost}) == CHUNK
+    assert len({case.sample_id for case in read_parts(out / "cases", Case)}) == PICTURES - CHUNK
+
+    for folder in (out, undisturbed):
+        make(AlignConfig(**settings(folder)))
+    found, wanted = files(out), files(undisturbed)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+    assert len(list((out / "cases").glob("part-*.jsonl"))) == PICTURES // CHUNK
+    assert all(case.reason is None for case in read_parts(out / "cases", Case))
+
+
+def make(config: AlignConfig) -> None:
+    """By the local engine."""
+    make_training_set(config, open_vlm(config.teacher), open_vlm(config.student))
+
+
+def test_flags_of_ray_go_with_ray(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    with pytest.raises(InputError, match="--actors goes with --engine ray"):
+        AlignConfig(**{**given, "engine": "local"})
+    with pytest.raises(InputError, match="--max-requests does not go with --engine ray"):
+        AlignConfig(**given, max_requests=5)
