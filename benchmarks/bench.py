@@ -64,7 +64,7 @@ def _bench(config: BenchConfig, say: Say | None) -> Path:
     task = task_of(config, variants)
     questions = questions_of(config.data, config.report / "images")
     asked = stratified(questions, config.limit, config.seed)
-    items = items_of(asked, task.prompt)
+    items = [] if config.costs_only else items_of(asked, task.prompt)
     costs = cost_of([read_bundle(Path(one.spec)) for one in variants if (Path(one.spec) / MANIFEST).is_file()])
     warm_up, timed = latency_set(items_of(questions, task.prompt), config.latency_n, config.seed, costs)
     variants = swept(variants, config.thread_counts)

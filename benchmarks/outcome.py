@@ -26,8 +26,11 @@ def outcome(path: Path) -> tuple[list[str], int]:
 def exit_code(report: dict[str, Any]) -> int:
     """Where both speak, broken requirements come before regressions."""
     if report["requirements"]:
-        names = {"deploy": 0, "keep": 0, "undecided": UNDECIDED}
-        code = names.get(report["verdict"]["decision"], BROKEN)
+        codes = {"deploy": 0, "keep": 0, "undecided": UNDECIDED}
+        code = codes.get(report["verdict"]["decision"], BROKEN)
+        if not report["data"]["n"]:  # costs alone: no decision, but lines that are kept or not
+            found = {row["status"] for row in report["requirements"]["variants"]}
+            code = 0 if "pass" in found else UNDECIDED if found & {"undecided", "unknown"} else BROKEN
         if code:
             return code
     return REGRESSION if (report["regressions"] or {}).get("found") else 0

@@ -20,11 +20,14 @@ def pareto(entries: Sequence[Entry]) -> list[bool]:
 
     One beats another where it is measurably better in one of the four, measurably worse in none, and ahead on balance:
     what lies below the resolution counts for nothing alone, but for so much that no circle of variants can form, each
-    a little better than the next. An unknown figure is the worst.
+    a little better than the next. An unknown figure is the worst; where nobody
+    was asked for accuracy, the costs decide alone.
     """
     measured = [place(entry) for entry in entries]
+    asked = any(own[0] is not None for own in measured)
     return [
-        own[0] is not None and not any(beats(other, own) for other in measured if other is not own) for own in measured
+        own[0 if asked else 1] is not None and not any(beats(other, own) for other in measured if other is not own)
+        for own in measured
     ]
 
 

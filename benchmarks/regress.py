@@ -97,10 +97,13 @@ def changes_of(old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: i
     return [one for one in found if one]
 
 
-def accuracy_change(old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: int) -> dict[str, Any]:
-    """Paired over the questions of both runs, else by intervals (their half widths add up as independent errors do)."""
+def accuracy_change(old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: int) -> dict[str, Any] | None:
+    """Paired over the questions of both runs, else by intervals (their half widths add up as independent errors do);
+    None where one of the two asked nothing."""
     both = [key for key in a if key in b and a[key]["score"] is not None and b[key]["score"] is not None]
     values = old["accuracy"]["value"], new["accuracy"]["value"]
+    if None in values:
+        return None
     paired = paired_difference([a[key]["score"] for key in both], [b[key]["score"] for key in both], seed=seed)
     if paired:
         delta, ends = paired.value, (paired.low, paired.high)

@@ -87,6 +87,7 @@ def render_html(report: Report, cases: Gallery, times: Mapping[str, Sequence[flo
         spread=spread(entries, times or {}),
         fixed=[entry for entry in entries if entry.get("fixed_length")],
         has=has(entries),
+        timed=max((entry["latency_ms"]["n"] for entry in entries), default=0),
         energies=energies(entries),
         machine=machine(report),
         road=road_rows(report, [entry for entry in entries if not entry.get("sweep_of")]),
@@ -106,7 +107,7 @@ def render_html(report: Report, cases: Gallery, times: Mapping[str, Sequence[flo
 
 def render_markdown(report: Report) -> str:
     """Verdict and table, short enough for a comment under a pull request."""
-    verdict, data = report["verdict"], report["data"]
+    verdict = report["verdict"]
     lines = [f"### {markdown(verdict['headline'])}", ""]
     if verdict["summary"]:
         lines += [markdown(verdict["summary"]), ""]
@@ -118,11 +119,19 @@ def render_markdown(report: Report) -> str:
         "",
         *(f"- {markdown(reason)}" for reason in verdict["reasons"]),
         "",
-        f"{data['n']:,} questions of {markdown(data['name'])}, metric `{report['task']['metric']}`; latency at batch 1 "
-        f"with {report['settings']['threads']} threads on {markdown(report['host']['cpu'] or 'an unknown CPU')}; "
+        f"{about_questions(report)}; latency at batch 1 with {report['settings']['threads']} threads on "
+        f"{markdown(report['host']['cpu'] or 'an unknown CPU')}; "
         f"mpa-edge {report['tool_version']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def about_questions(report: Report) -> str:
+    """What was asked, in Markdown."""
+    data = report["data"]
+    if not data["n"]:
+        return f"Pictures of {markdown(data['name'])}, timed only"
+    return f"{data['n']:,} questions of {markdown(data['name'])}, metric `{report['task']['metric']}`"
 
 
 def markdown_row(report: Report, entry: dict[str, Any]) -> str:
@@ -134,7 +143,7 @@ def markdown_row(report: Report, entry: dict[str, Any]) -> str:
     name = markdown(entry["name"])
     cells = [
         f"**{name}**" if entry["name"] == report["verdict"]["pick"] else name,
-        f"{percent(entry['accuracy']['value'])} ({interval(entry['accuracy']['ci95'])})",
+        accuracy_cell(entry),
         points(gain["delta"]) if gain else "–",
         milliseconds(total["p50"]),
         milliseconds(total["p95"]),
@@ -144,10 +153,17 @@ def markdown_row(report: Report, entry: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def accuracy_cell(entry: dict[str, Any]) -> str:
+    """77.3% (75.1–79.3), or a dash."""
+    value, ends = entry["accuracy"]["value"], entry["accuracy"]["ci95"]
+    return percent(value) if ends is None else f"{percent(value)} ({interval(ends)})"
+
+
 def console_table(report: Report) -> Table:
     """The variants as a table for the terminal."""
     data = report["data"]
-    table = Table(title=f"{data['name']}: {data['n']:,} questions", title_justify="left")
+    asked = f"{data['n']:,} questions" if data["n"] else "times and memory only"
+    table = Table(title=f"{data['name']}: {asked}", title_justify="left")
     for number, column in enumerate(("variant", "accuracy", "95% interval", "p50", "p95", "size", "memory")):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for entry in report["variants"]:

@@ -30,6 +30,8 @@ MARKS = {"pass": "✓", "fail": "✗", "undecided": "?", "unknown": "–"}
 
 def badge(report: Report) -> str:
     """The decision in a few words."""
+    if not report["data"]["n"]:
+        return "Times and memory only"
     words = ABOUT_LINES if report.get("requirements") else ABOUT_STUDENT
     return words[report["verdict"]["decision"]]
 

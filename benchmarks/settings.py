@@ -39,6 +39,9 @@ class BenchOptions(Settings):
     fixed_length: int | None = setting(
         None, LATENCY, ge=1, help="Also time answers of exactly N tokens, to compare engines (not of chat servers)."
     )
+    costs_only: bool = setting(
+        False, LATENCY, help="Ask nothing for accuracy: times, memory, energy and sizes alone, in minutes."
+    )
     keep_timings: bool = setting(
         False, LATENCY, help="Keep times that other work disturbed; without, they are taken again."
     )

@@ -32,6 +32,8 @@ def verdict(
     none: there is no bundle, or no student to beat. `required` is the report's `requirements`,
     `data` its `data`.
     """
+    if data and not data["n"]:
+        return costs_alone(entries)
     chosen = pick(entries, required)
     against = between(comparisons, first(entries, "student"), chosen)
     status = status_of(chosen, required)
@@ -43,6 +45,32 @@ def verdict(
         "summary": summary(chosen, entries),
         "why": why_picked(entries, chosen, required),
         "reasons": reasons(entries, comparisons, chosen, data),
+    }
+
+
+def costs_alone(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What can be said of variants that nobody asked for accuracy: nothing about deploying them."""
+    timed = [entry for entry in entries if entry["latency_ms"]["total"]["p50"]]
+    weighed = [entry for entry in timed if entry["peak_memory_mb"]]
+    said = []
+    if timed:
+        fastest = min(timed, key=lambda entry: float(entry["latency_ms"]["total"]["p50"]))
+        took = milliseconds(fastest["latency_ms"]["total"]["p50"])
+        said.append(f"{fastest['name']} is the fastest, at {took} per answer")
+    if weighed:
+        lightest = min(weighed, key=lambda entry: float(entry["peak_memory_mb"]))
+        said.append(f"{lightest['name']} takes the least memory, {size(lightest['peak_memory_mb'])}")
+    told = [
+        disturbance(entries),
+        *(f"{entry['name']} failed: {entry['failed']}." for entry in entries if entry["failed"]),
+    ]
+    return {
+        "pick": None,
+        "decision": "none",
+        "headline": "Costs alone: nothing was asked for accuracy",
+        "summary": f"{'; '.join(said)}." if said else None,
+        "why": None,
+        "reasons": [sentence for sentence in told if sentence],
     }
 
 

@@ -35,14 +35,17 @@ from mpa_edge.benchmarks.jobs import (
     Say,
     asks,
     is_bundle,
+    lines_of,
+    read_json,
     row_of,
+    sealed,
     unanswered,
     whole_rows,
 )
 from mpa_edge.benchmarks.memory import watch_device
 from mpa_edge.benchmarks.timed import device_of, timed_part
 from mpa_edge.errors import ImageError, MpaEdgeError
-from mpa_edge.records import write_atomic, write_rows
+from mpa_edge.records import write_atomic
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
 
@@ -123,17 +126,19 @@ def work(
         "engine": vlm.engine,
     }
     about |= {"load_ms": about.get("load_ms") or load_ms, "device": device_of(vlm), "done": False}
-    write_atomic(folder / MEASURED, json.dumps(about) + "\n")
+    write_atomic(folder / MEASURED, sealed(about) + "\n")
     batch = job.batch_size if vlm.engine in BATCHED_ENGINES else 1
+    if not job.accuracy:
+        write_atomic(folder / MEASURED, sealed({**about, "done": True}, indent=2) + "\n")
+        return
     with side_by_side(vlm, job, about["peak_memory_bytes"]) as vlms:
         collect_answers(vlms, asks(job.accuracy), decoding, batch, folder / ANSWERS, say)
-    write_atomic(folder / MEASURED, json.dumps({**about, "done": True}, indent=2) + "\n")
+    write_atomic(folder / MEASURED, sealed({**about, "done": True}, indent=2) + "\n")
 
 
 def what_is_kept(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier process wrote of this very model; rows of a model with another description are deleted."""
-    path = folder / MEASURED
-    before: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    before = read_json(folder / MEASURED)
     if before and before["describe"] == described:
         return before
     for name in (ANSWERS, LATENCY, FIXED, MEASURED):
@@ -173,7 +178,7 @@ def collect_answers(
     rows = whole_rows(path)
     there = {row.key for row in rows if row.finish_reason != "error"}
     if len(there) < len(rows):
-        write_rows(path, [row.to_json() for row in rows if row.finish_reason != "error"])
+        write_atomic(path, lines_of(row for row in rows if row.finish_reason != "error"))
     missing = list({ask.key: ask for ask in wanted if ask.key not in there}.values())
     done = len(wanted) - len(missing)
     say("accuracy", done, len(wanted))
@@ -191,7 +196,7 @@ def collect_answers(
     parts = [missing[start : start + batch] for start in range(0, len(missing), batch)]
     with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(len(vlms)) as pool:
         for rows in pool.map(answer, parts):
-            file.write("".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+            file.write(lines_of(rows))
             file.flush()
             done += len(rows)
             say("accuracy", done, len(wanted))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from PIL import Image
 
@@ -16,6 +18,7 @@ from mpa_edge.benchmarks.bench import BenchConfig, bench
 from mpa_edge.benchmarks.conditions import conditions, during
 from mpa_edge.benchmarks.jobs import FIXED, LATENCY, Job, Row, takes_length, whole_rows
 from mpa_edge.benchmarks.measure import read_measured
+from mpa_edge.benchmarks.outcome import BROKEN, outcome
 from mpa_edge.benchmarks.sample import cost_of, items_of, latency_set
 from mpa_edge.benchmarks.score import latency, tokens_per_s
 from mpa_edge.benchmarks.timed import device_of
@@ -193,6 +196,31 @@ def test_no_length_is_set_where_none_can_be(labelled: Path, tmp_path: Path) -> N
     config = BenchConfig(data=labelled, task="reference", report=tmp_path, fixed_length=4, baselines=["fake:"])
     with pytest.raises(InputError, match="--fixed-length: a chat server ends"):
         bench(config)
+
+
+def test_costs_alone_ask_nothing_and_decide_nothing(labelled: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "data": labelled, "task": "reference", "report": tmp_path, "latency_n": 8, "threads": 1, "keep_timings": True,
+        "costs_only": True, "baselines": [f"teacher=fake:?known={labelled}&vision=20"],
+        "bundles": [f"fake:?known={labelled}"],
+    }  # fmt: skip
+    path = bench(BenchConfig(**settings, require="p50<=10s, memory<=1GB"), lambda *_: None)
+    report = json.loads(path.read_text())
+    schema = json.loads(files("mpa_edge.benchmarks").joinpath("report.schema.json").read_text())
+    jsonschema.validate(report, schema)
+    assert (report["data"]["n"], report["verdict"]["decision"], report["verdict"]["pick"]) == (0, "none", None)
+    assert report["verdict"]["summary"].startswith("fake is the fastest, at ")
+    assert [(one["accuracy"]["value"], one["failed"]) for one in report["variants"]] == [(None, None)] * 2
+    assert [one["pareto"] for one in report["variants"]][1] is True
+    assert {row["part"] for row in map(json.loads, path.with_name("raw.jsonl").read_text().splitlines())} == {"latency"}
+    assert outcome(path)[1] == 0
+    page = path.with_suffix(".html").read_text()
+    assert "Where the time goes" in page
+    for absent in ("Along the road", "Containment", "By kind of question", "· 0 questions"):
+        assert absent not in page
+    assert "0 questions" not in path.with_suffix(".md").read_text()
+    again = bench(BenchConfig(**settings, require="p50<=1ms", compare=path), lambda *_: None)
+    assert outcome(again)[1] == BROKEN
 
 
 def test_a_disturbed_series_is_taken_again_and_the_better_kept(
