@@ -5,11 +5,15 @@ FOLDER/latency.jsonl   one row per timed picture
 FOLDER/fixed.jsonl     the same with answers of one length, where that was asked for
 FOLDER/measured.json   written last: what the model says of itself, load time, memory, energy, the machine's state
 FOLDER/error.json      instead, when the model failed
+
+Each row, and measured.json, holds a checksum: what a kill tore off or a disk changed is measured again, nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,12 @@ from mpa_edge.bundle import MANIFEST
 from mpa_edge.chat_address import is_address
 from mpa_edge.errors import ImageError
 from mpa_edge.fake import PREFIX as FAKE
-from mpa_edge.records import Record, read_rows, write_atomic
+from mpa_edge.records import Record, write_atomic
 from mpa_edge.runtime.vlm import Answer
 
 ANSWERS, LATENCY, FIXED, MEASURED = "answers.jsonl", "latency.jsonl", "fixed.jsonl", "measured.json"
 ERROR = "error.json"
+CHECK = "check"
 Say = Callable[[str, int, int], None]  # phase, done, of
 
 
@@ -102,11 +107,43 @@ def row_of(ask: Ask, answer: Answer, wall_ms: float | None = None) -> Row:
 
 
 def whole_rows(path: Path) -> list[Row]:
-    """The rows of a file, none where there is no file; a last line that a kill tore off is cut away."""
+    """The rows of a file, none where there is no file. Lines that a kill tore off or a disk changed are left out, and
+    cut out of the file; those without a checksum, of an older version, are taken as they are."""
     if not path.is_file():
         return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_atomic(path, whole)
-    return list(read_rows(path, Row))
+    lines = path.read_bytes().splitlines(keepends=True)
+    found = [(line, unsealed(line)) for line in lines]
+    if any(content is None for _, content in found):
+        write_atomic(path, b"".join(line for line, content in found if content is not None))
+    return [Row.from_json(content) for _, content in found if content is not None]
+
+
+def lines_of(rows: Iterable[Row]) -> str:
+    """Rows as JSONL, each line with a checksum."""
+    return "".join(sealed(row.to_json()) + "\n" for row in rows)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file, or a damaged one."""
+    return unsealed(path.read_bytes().strip() + b"\n") or {} if path.is_file() else {}
+
+
+def sealed(content: dict[str, Any], indent: int | None = None) -> str:
+    """JSON with a checksum of all else in it."""
+    return json.dumps({**content, CHECK: _check(content)}, indent=indent, ensure_ascii=False)
+
+
+def unsealed(line: bytes) -> dict[str, Any] | None:
+    """The content of a whole line; None for one that is torn off or damaged."""
+    try:
+        content = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    if not isinstance(content, dict) or content.pop(CHECK, _check(content)) != _check(content):
+        return None
+    return content
+
+
+def _check(content: dict[str, Any]) -> str:
+    plain = {key: value for key, value in content.items() if key != CHECK}
+    return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpa_edge.benchmarks.host import cpu_name, versions
-from mpa_edge.benchmarks.jobs import ANSWERS, ERROR, LATENCY, MEASURED, Job, Row, whole_rows
+from mpa_edge.benchmarks.jobs import ANSWERS, ERROR, LATENCY, MEASURED, Job, Row, read_json, whole_rows
 from mpa_edge.benchmarks.timed import KEPT, are_timed, fixed_rows, is_disturbed
 from mpa_edge.benchmarks.variants import Variant, content_digest
 from mpa_edge.runtime import available_cores
@@ -153,9 +153,3 @@ def read_measured(folder: Path, reason: str | None, job: Job | None = None) -> M
     known = {key: about[key] for key in ABOUT if key in about}
     fixed = tuple(fixed_rows(folder, job)) if job and job.fixed_length else ()
     return Measured(answers, latency, **known, reason=reason, fixed=fixed)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found

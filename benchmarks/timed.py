@@ -19,6 +19,7 @@ from mpa_edge.benchmarks.jobs import (
     Row,
     Say,
     asks,
+    lines_of,
     row_of,
     takes_length,
     unanswered,
@@ -26,7 +27,7 @@ from mpa_edge.benchmarks.jobs import (
 )
 from mpa_edge.benchmarks.memory import proportional_bytes
 from mpa_edge.errors import ImageError
-from mpa_edge.records import write_rows
+from mpa_edge.records import write_atomic
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Decoding, Vlm
 
@@ -69,11 +70,11 @@ def timed_part(
     if before and there and (before.get("busy") or 0) < (about["busy"] or 0):
         about = {key: before.get(key) for key in KEPT}
     else:
-        write_rows(folder / LATENCY, [row.to_json() for row in rows])
+        write_atomic(folder / LATENCY, lines_of(rows))
     if job.fixed_length and takes_length(job.spec) and not fixed_rows(folder, job):
         with endless(vlm):
             rows = measure_latency(vlm, timed, Decoding(max_new_tokens=job.fixed_length), say, "fixed")
-        write_rows(folder / FIXED, [row.to_json() for row in rows])
+        write_atomic(folder / FIXED, lines_of(rows))
     return about
 
 

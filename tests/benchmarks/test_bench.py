@@ -12,8 +12,9 @@ import jsonschema
 import pytest
 
 from mpa_edge.benchmarks.bench import BenchConfig, bench
+from mpa_edge.benchmarks.jobs import whole_rows
 from mpa_edge.benchmarks.sample import items_of
-from mpa_edge.benchmarks.worker import collect_answers, whole_rows
+from mpa_edge.benchmarks.worker import collect_answers
 from mpa_edge.errors import InputError, ModelError
 from mpa_edge.fake import open_fake
 from mpa_edge.labelled import read_questions

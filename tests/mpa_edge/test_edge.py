@@ -1,0 +1,112 @@
+"""What ends a command is one line and an exit code: signals, and a disk that is full or may not be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from mpa_edge import edge
+from mpa_edge.disk import disk_trouble
+
+WAITING = """
+import time
+from mpa_edge import edge
+with edge.resumable():
+    print("at work", flush=True)
+    try:
+        time.sleep(600)
+    finally:
+        print("tidied up", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+def test_a_signal_ends_in_one_line_after_tidying_up(name: str, code: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(getattr(signal, name))
+        out, told = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "tidied up\n")
+    assert told == "\nStopped. What is finished is kept: type the same command again to go on.\n"
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with edge.resumable():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/photos/run/part-00003.jsonl")
+
+
+def closed() -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/photos/run")
+
+
+def in_rust() -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def closed_in_rust() -> None:
+    raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+
+
+def underneath() -> None:
+    try:
+        full()
+    except OSError as error:
+        raise RuntimeError("it could not be saved") from error
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"),
+    [
+        (full, "error: /photos/run/part-00003.jsonl: no space left on the disk."),
+        (closed, "error: /photos/run: read-only file system."),
+        (in_rust, "error: no space left on the disk."),
+        (closed_in_rust, "error: permission denied (os error 13)."),
+        (underneath, "error: /photos/run/part-00003.jsonl: no space left on the disk."),
+    ],
+)
+def test_a_disk_that_cannot_be_written_is_one_line(
+    fail: Callable[[], None], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        edge.run(fail)
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told == f"{words} What is finished is kept: see to it, and type the same command again to go on.\n"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def bug() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+
+    with pytest.raises(FileNotFoundError):
+        edge.run(bug)
+    assert disk_trouble(ValueError("No such file or directory (os error 2)")) is None
+
+
+def test_the_real_thing(capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(SystemExit):
+        edge.run(lambda: Path("/dev/full").write_text("x"))
+    assert "no space left on the disk" in capsys.readouterr().err
