@@ -18,6 +18,7 @@ from mpa_edge.export.workshop import Workshop
 from mpa_edge.models import ADAPTER, WHOLE, base_of
 from mpa_edge.records import write_atomic
 from mpa_edge.run_folder import RUN, RunFolder, read_run
+from mpa_edge.sums import refuse_damaged
 from mpa_edge.tasks import Task, task_of_run
 
 Progress = Callable[[str], None]
@@ -92,6 +93,7 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
     content, student = read_run(run), RunFolder(run).student
     if not any((student / name).is_file() for name in (ADAPTER, WHOLE)):
         raise InputError(f"{run} has no trained student yet; finish it with mpa-edge align")
+    refuse_damaged(student)
     from mpa_edge.export.merge import base_folder
 
     config = content.get("config", {})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,9 @@ def save_checkpoint(
             tensors[f"{kind}/{name}"] = tensor.detach().contiguous()
     temporary = folder / f".{CHECKPOINT}.{os.getpid()}.tmp"
     try:
-        save_file(tensors, temporary, metadata={"state": json.dumps(asdict(state))})
+        told = json.dumps(asdict(state))
+        check = reduce(_check, tensors.values(), zlib.crc32(told.encode()))
+        save_file(tensors, temporary, metadata={"state": told, "crc32": str(check)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(folder / CHECKPOINT)
@@ -89,15 +93,27 @@ def load_checkpoint(
         return State()
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
-            state = json.loads(file.metadata()["state"])
+            about = file.metadata()
+            state, check = json.loads(about["state"]), zlib.crc32(about["state"].encode())
             for name, weight in weights.items():
-                weight.copy_(file.get_tensor(f"weight/{name}"))
-                best[name].copy_(file.get_tensor(f"best/{name}"))
+                kinds = [file.get_tensor(f"{kind}/{name}") for kind in ("weight", "best", "first", "second")]
+                check = reduce(_check, kinds, check)
+                weight.copy_(kinds[0])
+                best[name].copy_(kinds[1])
                 optimizer.state[weight] = {
                     "step": torch.tensor(float(state["step"])),
-                    "exp_avg": file.get_tensor(f"first/{name}").to(weight.device),
-                    "exp_avg_sq": file.get_tensor(f"second/{name}").to(weight.device),
+                    "exp_avg": kinds[2].to(weight.device),
+                    "exp_avg_sq": kinds[3].to(weight.device),
                 }
+        if about.get("crc32", str(check)) != str(check):
+            raise ValueError("its checksum is another one")
         return State(**{**state, "best_score": tuple(state["best_score"])})
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}). Delete it to train from the start.") from error
+        raise RunError(
+            f"{path} cannot be read ({error}). Delete it, and type the same command again: training starts over."
+        ) from error
+
+
+def _check(before: int, tensor: torch.Tensor) -> int:
+    """The checksum of all tensors up to this one; safetensors has none."""
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy(), before)

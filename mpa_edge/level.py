@@ -26,6 +26,7 @@ from mpa_edge.methods import autocast, default_rate, make_trainable, refuse_untr
 from mpa_edge.parts import Advance, open_stage
 from mpa_edge.ranks import Ranks
 from mpa_edge.records import write_atomic
+from mpa_edge.sums import refuse_damaged, write_sums
 from mpa_edge.trainable import count_parameters
 from mpa_edge.training_data import Example, TrainingData, in_batches, loss_and_exact, split_by_group
 from mpa_edge.transformers_vlm import TransformersVlm
@@ -78,6 +79,7 @@ def level(
     ranks.wait()
     metrics = folder / METRICS
     if metrics.exists():
+        refuse_damaged(folder)
         make_trainable(student, config, folder, start=folder).close()
     else:
         _Training(student, examples, folder, config, rate, start, ranks).run(advance)
@@ -236,8 +238,10 @@ class _Training:
         self._trainee.close()
         if self._ranks.number == 0:
             self._trainee.save(self._folder)
+            metrics = json.dumps(self._metrics(counted), indent=2) + "\n"
+            write_sums(self._folder, **{METRICS: metrics})
             # Last: a folder with metrics is a finished one.
-            write_atomic(self._folder / METRICS, json.dumps(self._metrics(counted), indent=2) + "\n")
+            write_atomic(self._folder / METRICS, metrics)
 
     def _metrics(self, counted: dict[str, dict[str, int]]) -> dict[str, Any]:
         state = self._state

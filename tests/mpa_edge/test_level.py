@@ -207,7 +207,7 @@ def test_a_killed_training_ends_in_the_same_adapter(
     assert (folder / "metrics.json").exists() is False
     level(student_of(tiny_one_tile), examples, folder, config(tiny_one_tile))
     names = sorted(output(trained))
-    assert names == ["adapter_config.json", "adapter_model.safetensors", "metrics.json", "stage.json"]
+    assert names == ["SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "stage.json"]
     assert sorted(output(folder)) == names
     for name in ("adapter_model.safetensors", "metrics.json", "stage.json"):
         assert output(folder)[name] == output(trained)[name], name
