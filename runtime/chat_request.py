@@ -24,6 +24,9 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
 }
 
+# Braces, brackets and commas of a body; each may become an object that takes hundreds of bytes.
+MOST_ITEMS = 200_000
+
 
 class ImageUrl(BaseModel):
     """Where a picture is."""
@@ -109,6 +112,8 @@ class ChatRequest(BaseModel, extra="allow"):
 
 def parse(body: bytes) -> ChatRequest:
     """The request in a body; `InputError` names the field and what is wrong with it."""
+    if sum(body.count(mark) for mark in (b"{", b"[", b",")) > MOST_ITEMS:
+        raise InputError(f"body: it holds more than {MOST_ITEMS:,} items")
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:

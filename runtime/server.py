@@ -31,6 +31,7 @@ from mpa_edge.runtime.chat_request import ChatRequest, parse
 from mpa_edge.runtime.gate import BodyTooLarge, Gate, problem, read_body
 from mpa_edge.runtime.metrics import Metrics
 from mpa_edge.runtime.page import page
+from mpa_edge.runtime.patience import Impatient
 from mpa_edge.runtime.remote_image import fetch
 from mpa_edge.runtime.vlm import Answer
 from mpa_edge.runtime.worker import Job, Worker
@@ -317,6 +318,7 @@ def serve(
             app,
             host=host,
             port=port,
+            http=Impatient,
             access_log=False,
             server_header=False,
             log_level="warning",
