@@ -49,8 +49,11 @@ def export_graphs(merged: Path, folder: Path) -> dict[str, float]:
     family = family_of(read_config(merged)).name
     folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), quiet():
-        # The model is gone before its graphs are opened: they take as much again.
-        checks = {**_export_vision(merged, family, folder), **_export_text(merged, folder)}
+        # What tracing a tower took is given back before the text model comes, and the model is gone before its graphs
+        # are opened: they take as much again.
+        checks = _export_vision(merged, family, folder)
+        give_back_memory()
+        checks |= _export_text(merged, folder)
         differences = {}
         for name, check in checks.items():
             give_back_memory()
