@@ -17,7 +17,8 @@ from mpa_edge.runtime.vlm import Answer, Decoding
 PNG_PIXELS = 512 * 512
 JPEG_QUALITY = 95
 ENCODING = {"png_up_to_pixels": PNG_PIXELS, "jpeg_quality": JPEG_QUALITY, "jpeg_subsampling": "4:4:4"}
-
+# How a failure is told that is the server's, whichever the picture.
+NO_ANSWER = "the server's reply holds no answer"
 
 # What some model's tokenizer takes for a token of its own: <image>, </s>, <|im_end|>, <｜User｜>, <row_1_col_1>, [INST]
 _CONTROL = re.compile(r"<(?=[/|｜]{0,2}[\w▁][^<>\s]{0,60}>)|\[(?=/?[A-Z_]{2,40}\])")
@@ -71,7 +72,7 @@ def answer_of(completion: Any) -> Answer:
     choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices:
         told = getattr(completion, "error", None)
-        return failed(f"the server's reply holds no answer{f': {told}' if told else ''}")
+        return failed(f"{NO_ANSWER}{f': {told}' if told else ''}")
     message = getattr(choices[0], "message", None)
     finish = getattr(choices[0], "finish_reason", None)
     refusal = getattr(message, "refusal", None)
@@ -95,10 +96,15 @@ def text_of(content: Any) -> str | None:
     """The text of a message: a string, or the text parts of a list."""
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(text for text in texts if isinstance(text, str)) if any(texts) else None
-    return content if isinstance(content, str) else None
+        return _sound("".join(text for text in texts if isinstance(text, str))) if any(texts) else None
+    return _sound(content) if isinstance(content, str) else None
 
 
 def failed(reason: str) -> Answer:
     """The answer to what could not be answered."""
-    return Answer("", finish_reason="error", error=reason)
+    return Answer("", finish_reason="error", error=_sound(reason))
+
+
+def _sound(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON may hold and no file can."""
+    return text.encode("utf-8", "replace").decode()

@@ -25,7 +25,7 @@ import openai
 from PIL import Image
 
 from mpa_edge.chat_address import KEYS, api_key, parse_spec
-from mpa_edge.chat_messages import ENCODING, answer_of, failed, request_of
+from mpa_edge.chat_messages import ENCODING, NO_ANSWER, answer_of, failed, request_of
 from mpa_edge.errors import AGAIN, BudgetSpent, InputError, ModelError
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding, Timings
 
@@ -35,6 +35,7 @@ ALIVE_SECONDS = 30.0
 # So many failed requests in a row, without one answer, are the server's fault and not the pictures'.
 FAILED_IN_A_ROW = 8
 GO_ON = f"What is finished is kept: {AGAIN} to go on."
+CHECK = "Look at the server, or what stands between."
 # Answers that no other picture would change.
 CURES = {
     401: f"Put a key that it accepts into {KEYS[0]} ({KEYS[1]} goes to openai.com only).",
@@ -180,11 +181,14 @@ class ChatVlm:
         except openai.APIError as error:
             answer = self._failure(error)
         except ValueError:
-            answer = failed("the server's reply is no JSON")
+            answer = self._spoilt("the server's reply is no JSON")
         except Halt as halt:
             raise (halt.error or halt) from None
         else:
-            self._failed = 0
+            if (answer.error or "").startswith(NO_ANSWER):
+                answer = self._spoilt(str(answer.error))
+            else:
+                self._failed = 0
         text = answer.error and self._clean(answer.error)
         return replace(answer, error=text, timings=Timings(total=(time.perf_counter() - started) * 1000))
 
@@ -208,11 +212,14 @@ class ChatVlm:
         lost = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
         if lost and not self._alive():
             raise self._broken(reason, "Start it again, or check the address.") from error
-        if status is None or status >= 500:
-            with self._lock:
-                self._failed += 1
-            if self._failed >= FAILED_IN_A_ROW:
-                raise self._broken(f"{self._failed} requests in a row failed, the last one: {reason}", "") from error
+        return self._spoilt(reason, error) if status is None or status >= 500 else failed(reason)
+
+    def _spoilt(self, reason: str, error: openai.APIError | None = None) -> Answer:
+        """An answer that the server spoilt; too many of them in a row end the run."""
+        with self._lock:
+            self._failed += 1
+        if self._failed >= FAILED_IN_A_ROW:
+            raise self._broken(f"{FAILED_IN_A_ROW} requests in a row failed, the last one: {reason}", CHECK) from error
         return failed(reason)
 
     def _alive(self) -> bool:

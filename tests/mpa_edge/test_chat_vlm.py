@@ -303,7 +303,15 @@ def test_a_picture_that_kills_every_connection_is_its_own_fault_while_the_server
     assert good.text == "red"
 
 
-@pytest.mark.parametrize("action", ["hang", (500, {"error": {"message": "CUDA error"}}, SOON)])
+@pytest.mark.parametrize(
+    "action",
+    [
+        "hang",
+        (500, {"error": {"message": "CUDA error"}}, SOON),
+        (200, "<html>Welcome to nginx!</html>"),
+        (200, {"error": {"message": "no such deployment"}}),
+    ],
+)
 def test_a_server_that_only_fails_is_not_asked_thousands_of_times(action: Any) -> None:
     with (
         serving(lambda request, number: action) as server,
