@@ -57,11 +57,13 @@ Told = TypeVar("Told", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a picture of one shape takes at one size. `prompt_tokens` are the whole prompt's, without the question;
-    None where the image tokens alone fill the context."""
+    """What a picture of one shape takes at one size. `tiles` is how many times the vision encoder runs, the overview
+    included; `prompt_tokens` are the whole prompt's, without the question; None where the image tokens alone fill the
+    context."""
 
     size: str
     shape: str
+    tiles: int
     image_tokens: int
     prompt_tokens: int | None
     fits: bool
@@ -82,11 +84,17 @@ def costs(folder: Path, bundle: Bundle) -> list[Cost]:
             if seen < prompt.context_length:  # what does not fit is not even written out
                 tokens = len(prompts.tokens(text, [family.layout(rows, columns, prompt.image_token, image)]))
             fits = tokens is not None and tokens < prompt.context_length
-            row.append(Cost(name, shape, seen, tokens, fits, image == bundle.image))
+            row.append(Cost(name, shape, _tiles(family, seen, image), seen, tokens, fits, image == bundle.image))
         found += row
         if not any(cost.fits for cost in row):
             break
     return found
+
+
+def _tiles(family: Family, image_tokens: int, settings: Any) -> int:
+    """Tiles of a picture with so many image tokens; one where tiles differ, since then there is but one."""
+    least, most = family.tile_tokens(settings)
+    return image_tokens // most if least == most else 1
 
 
 def _told_sizes(family: Family, bundle: Bundle) -> list[tuple[str, Any]]:
@@ -166,9 +174,9 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _table(rows: list[Cost]) -> list[str]:
-    """Image tokens and prompt tokens by size; time grows with both."""
+    """Tiles, image tokens and prompt tokens by size; time grows with all of them."""
     head = f"{'':>24}" + "".join(f"{shape:>20}" for shape in SHAPES)
-    lines = ["image tokens / prompt tokens of a picture, before the question:", head]
+    lines = ["tiles / image tokens / prompt tokens of a picture, before the question:", head]
     for start in range(0, len(rows), len(SHAPES)):
         row = rows[start : start + len(SHAPES)]
         cells = "".join(f"{_cell(cost):>20}" for cost in row)
@@ -177,4 +185,5 @@ def _table(rows: list[Cost]) -> list[str]:
 
 
 def _cell(cost: Cost) -> str:
-    return f"{cost.image_tokens} / {cost.prompt_tokens or '-'}" + ("" if cost.fits else " full")
+    told = f"{cost.tiles} / {cost.image_tokens} / {cost.prompt_tokens or '-'}"
+    return told + ("" if cost.fits else " full")

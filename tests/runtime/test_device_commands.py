@@ -112,6 +112,7 @@ def test_costs_are_those_of_real_prompts(
         prompt = vlm.prompts.tokens(vlm.put(""), [Idefics3().layout(cut.rows, cut.columns, "<image>", settings)])
         seen = prompt.count(vlm.prompts.image_token_id)
         assert (cost.image_tokens, cost.prompt_tokens) == (seen, len(prompt) if seen < 1024 else None)
+        assert cost.tiles == len(cut.tiles)
         assert cost.trained_with == (edge == 128)
         assert cost.fits == (len(prompt) < 1024)
     assert not all(cost.fits for cost in found)
