@@ -20,6 +20,7 @@ from mpa_edge.benchmarks.jobs import ANSWERS, ERROR, LATENCY, MEASURED, Job, Row
 from mpa_edge.benchmarks.timed import KEPT, are_timed, fixed_rows, is_disturbed
 from mpa_edge.benchmarks.variants import Variant, content_digest
 from mpa_edge.runtime import available_cores
+from mpa_edge.runtime.doctor import power_mode
 
 ABOUT = ("engine", "device", "describe", *KEPT)
 Say = Callable[[str, str, int, int], None]  # variant, phase, done, of
@@ -64,6 +65,7 @@ def folder_name(variant: Variant, job: Job, digest: str | None) -> str:
     machine = (cpu_name(), available_cores(), sorted(versions().items()))
     settings: tuple[object, ...] = (job.max_new_tokens, job.threads, *machine)
     settings += (job.device,) if job.device != "auto" else ()
+    settings += (mode,) if (mode := power_mode()) else ()  # times of a Jetson's other mode are no times of this one
     content = hashlib.sha256(repr((digest or variant.spec, settings)).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', variant.name)[:60]}-{content[:10]}"
 

@@ -31,6 +31,12 @@ def pareto(entries: Sequence[Entry]) -> list[bool]:
     ]
 
 
+def unbeaten(entries: Sequence[Entry]) -> list[bool]:
+    """The same of accuracy and median time alone, which a plot shows."""
+    measured = [place(entry)[:2] for entry in entries]
+    return [not any(beats(other, own) for other in measured if other is not own) for own in measured]
+
+
 def place(entry: Entry) -> tuple[float | None, ...]:
     """A variant's four figures, more is better, in units of what can be resolved; None where unknown."""
     accuracy = entry["accuracy"]["value"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from math import ceil, floor, log10
 from typing import Any
 
+from mpa_edge.benchmarks.pareto import unbeaten
+
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 14, 44
 LETTER, LINE = 7.2, 14  # about the width and height of the labels' letters
@@ -47,7 +49,8 @@ class Point:
     p95: float
     label: Label
     title: str
-    best: bool = True  # on the front
+    best: bool = True  # none is measurably better in one and as good in the other
+    picked: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,26 +83,27 @@ class Axis:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
 
-def scatter(entries: Sequence[dict[str, Any]]) -> Scatter | None:
-    """Accuracy against the median latency (logarithmic); None where no variant has both."""
+def scatter(entries: Sequence[dict[str, Any]], pick: str | None = None) -> Scatter | None:
+    """Accuracy against the median latency (logarithmic); None where no variant has both. `pick` is marked."""
     answered = [entry for entry in entries if entry["accuracy"]["value"] is not None]
     known = [entry for entry in answered if entry["latency_ms"]["total"]["p50"]]
     if not known:
         return None
     x, y = axes(known)
-    labels = place_labels([entry["name"] for entry in known], [place_of(entry, x, y) for entry in known])
-    best = front([(entry["latency_ms"]["total"]["p50"], entry["accuracy"]["value"]) for entry in known])
+    ends = [x.at(log10(entry["latency_ms"]["total"]["p95"])) for entry in known]
+    labels = place_labels([entry["name"] for entry in known], [place_of(entry, x, y) for entry in known], ends)
     points = tuple(
-        replace(point(entry, label, x, y), best=place in best)
-        for place, (entry, label) in enumerate(zip(known, labels, strict=True))
+        replace(point(entry, label, x, y), best=best, picked=entry["name"] == pick)
+        for entry, label, best in zip(known, labels, unbeaten(known), strict=True)
     )
+    edge = [(one.x, one.y) for one in points if one.best]
     step = next(size for size in (0.05, 0.1, 0.2) if (y.high - y.low) / size <= 8)
     shares = [number * step for number in range(ceil(y.low / step - 1e-9), floor(y.high / step + 1e-9) + 1)]
     return Scatter(
         points,
         tuple(Tick(x.at(log10(value)), duration(value)) for value in decades(x.low, x.high)),
         tuple(Tick(y.at(value), f"{100 * value:.0f}%") for value in shares),
-        steps([(points[place].x, points[place].y) for place in best]),
+        steps([edge[place] for place in front([(left, -top) for left, top in edge])]),
     )
 
 
@@ -165,9 +169,13 @@ def decades(low: float, high: float) -> list[float]:
     return coarse if len(coarse) >= 3 else fine
 
 
-def place_labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[Label]:
-    """Labels beside their points, further away where others are in the way, none on another where there is room."""
+def place_labels(
+    names: Sequence[str], places: Sequence[tuple[float, float]], ends: Sequence[float] = ()
+) -> list[Label]:
+    """Labels beside their points, further away where others are in the way, none on another where there is room.
+    `ends` are where the lines to the right of the points end, which are in the way, too."""
     taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    taken += [(x, y - 1, end, y + 1) for (x, y), end in zip(places, ends, strict=False)]
     labels = []
     for name, (x, y) in zip(names, places, strict=True):
         spots = [Label(x + 11, y + 4, "start", False), Label(x - 11, y + 4, "end", False)]

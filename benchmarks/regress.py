@@ -69,7 +69,7 @@ def regressions(before: Earlier, report: dict[str, Any], rows: Rows, seed: int) 
         "found": sum(one["regression"] for one in changes),
         "changes": changes,
         "gone": gone,
-        "notes": [note for note in (obstacle, other_data(old, report)) if note],
+        "notes": [note for note in (obstacle, other_mode(old, report), other_data(old, report)) if note],
     }
 
 
@@ -165,6 +165,19 @@ def why_no_times(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     if old["settings"]["threads"] != new["settings"]["threads"]:
         return "another number of threads: times and memory are not compared"
     return None
+
+
+def other_mode(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Whether a board's power mode differs, which is what a sweep over modes is for, and no regression of a model."""
+    before, now = (
+        sorted({mode for one in report["variants"] if (mode := (one.get("conditions") or {}).get("power_mode"))})
+        for report in (old, new)
+    )
+    return (
+        f"the power mode was {' and '.join(before)}, now it is {' and '.join(now)}"
+        if before and now and before != now
+        else None
+    )
 
 
 def other_data(old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -92,7 +92,7 @@ def render_html(report: Report, cases: Gallery, times: Mapping[str, Sequence[flo
         machine=machine(report),
         road=road_rows(report, [entry for entry in entries if not entry.get("sweep_of")]),
         roads=[(road, made_rows(road)) for road in report["roads"]],
-        scatter=scatter(entries),
+        scatter=scatter(entries, report["verdict"]["pick"]),
         phases=phase_rows(entries),
         kinds=kind_groups(report),
         gain=gained(entries),

@@ -11,10 +11,13 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
+from mpa_edge.benchmarks import measure
 from mpa_edge.benchmarks.bench import BenchConfig, bench
+from mpa_edge.benchmarks.jobs import Job
 from mpa_edge.benchmarks.outcome import outcome
 from mpa_edge.benchmarks.regress import Earlier, changes_of, earlier, regressions
 from mpa_edge.benchmarks.require import requirements
+from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.verdict import verdict
 from mpa_edge.cli import app
 from mpa_edge.errors import InputError
@@ -76,6 +79,23 @@ def test_what_cannot_be_compared_is_left_out_and_told(old: Path, new: Path) -> N
     assert "another machine" in found["notes"][0]
     with pytest.raises(InputError, match="metric is anls"):
         again(old, new, task={"metric": "anls"})
+
+
+def test_another_power_mode_is_told_and_is_measured_anew(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = json.loads(old.read_text())
+    before, now = (
+        {**report, "variants": [{**one, "conditions": {"power_mode": mode}} for one in report["variants"]]}
+        for mode in ("MAXN", "15W")
+    )
+    found = regressions(Earlier(before, []), now, [], 0)
+    assert found["notes"] == ["the power mode was MAXN, now it is 15W"]
+    assert regressions(Earlier(now, []), now, [], 0)["notes"] == []
+    variant, job = Variant("q8", "fake:", "full", "fake"), Job("q8", "fake:", 1, 8, 1, [], [], [])
+    names = set()
+    for mode in (None, "MAXN", "15W"):
+        monkeypatch.setattr(measure, "power_mode", lambda mode=mode: mode)
+        names.add(measure.folder_name(variant, job, "digest"))
+    assert len(names) == 3
 
 
 def test_slower_larger_and_failed_variants_are_regressions() -> None:

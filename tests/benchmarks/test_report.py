@@ -21,7 +21,7 @@ from mpa_edge.benchmarks.gallery import PER_FILTER, THUMBNAIL, gallery, thumbnai
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.jobs import Row
 from mpa_edge.benchmarks.measure import Measured
-from mpa_edge.benchmarks.plots import box_of, decades, front, overlap, place_labels, steps
+from mpa_edge.benchmarks.plots import box_of, decades, front, overlap, place_labels, scatter, steps
 from mpa_edge.benchmarks.report import console_table, markdown, phase_rows, render_html, render_markdown
 from mpa_edge.benchmarks.report_parts import where
 from mpa_edge.benchmarks.sample import items_of
@@ -271,6 +271,31 @@ def test_labels_keep_off_each_other() -> None:
     names = ["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "onnx-fp32", "onnx-int8", "teacher-with-a-name"]
     boxes = [box_of(label, name) for label, name in zip(place_labels(names, places), names, strict=True)]
     assert not any(overlap(a, b) for number, a in enumerate(boxes) for b in boxes[:number])
+
+
+def test_a_label_keeps_off_the_lines_to_the_95th_percentile() -> None:
+    places, names = [(200.0, 200.0), (400.0, 100.0)], ["teacher", "gguf-q8_0"]
+    free, crowded = place_labels(names, places), place_labels(names, places, [300.0, 400.0])
+    assert (free[0].anchor, crowded[0].anchor) == ("start", "end")
+    assert crowded[1] == free[1]
+
+
+def test_the_plot_marks_the_pick_and_what_is_measurably_beaten() -> None:
+    def entry(name: str, accuracy: float, p50: float) -> dict[str, Any]:
+        return {
+            "name": name, "tone": "gguf", "facts": name, "size_mb": 1.0, "peak_memory_mb": 1.0,
+            "accuracy": {"value": accuracy, "ci95": [accuracy - 0.02, accuracy + 0.02]},
+            "latency_ms": {"total": {"p50": p50, "p95": 2 * p50}},
+        }  # fmt: skip
+
+    found = scatter(
+        [entry("a", 0.775, 20.0), entry("b", 0.773, 21.0), entry("c", 0.77, 30.0), entry("t", 0.9, 50)], "b"
+    )
+    assert found is not None
+    assert [(one.name, one.best, one.picked) for one in found.points] == [
+        ("a", True, False), ("b", True, True), ("c", False, False), ("t", True, False),
+    ]  # fmt: skip
+    assert found.front.startswith(f"M{found.points[0].x} {found.points[0].y}H{found.points[3].x}")
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [(1.0, 2.0, [10, 20, 50, 100]), (1.15, 1.6, [15, 20, 25, 30])])
