@@ -93,7 +93,7 @@ def base_of(trained: Path) -> str:
     path = next((trained / name for name in (ADAPTER, WHOLE) if (trained / name).is_file()), trained / ADAPTER)
     try:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error})") from error
     if not isinstance(base, str) or not base:
         raise ModelError(f"{path} does not name its base model")

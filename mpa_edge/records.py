@@ -110,11 +110,11 @@ class Case(Record):
 
 def read_rows(path: Path, row: type[Row]) -> Iterator[Row]:
     """Yield the rows of a JSONL file; a line that is no row is a `RunError` that names file and line."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield row.from_json(json.loads(line))
-            except (ValueError, TypeError, AttributeError) as error:
+                yield row.from_json(json.loads(line.decode()))
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise RunError(f"{path}, line {number}: not a {row.__name__} ({error})") from error
 
 

@@ -193,8 +193,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The content of a run's `run.json`; `RunError` when there is none."""
     path = folder / RUN
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{folder} is no run folder: {RUN} cannot be read ({error}). If it was one, type its mpa-edge align "
             "command again: it writes that file anew."

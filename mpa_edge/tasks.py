@@ -241,7 +241,7 @@ def _read(path: Path) -> Task:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {_said(item)}" for item in error.errors())
         raise InputError(f"--task {path}: {wrong}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--task {path}: not a TOML file ({error})") from error
     values = file.model_dump()
     return Task(annotate_prompts=tuple(values.pop("annotate_prompt")), **values)

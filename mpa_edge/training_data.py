@@ -46,9 +46,9 @@ def read_examples(path: Path) -> list[Example]:
     """The examples of a training set such as `parity.jsonl`; picture paths are relative to its folder. `RunError` where
     a row cannot be read."""
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             user, assistant = row["messages"]
             examples.append(
                 Example(
@@ -60,7 +60,7 @@ def read_examples(path: Path) -> list[Example]:
                     verdict=row["verdict"],
                 )
             )
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             raise RunError(f"{path}, line {number}: not a row of a training set ({error!r})") from error
     return examples
 
