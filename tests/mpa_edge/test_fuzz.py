@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzzing import fuzzed, json_of, mutated, texts
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from PIL import Image
 
-from fuzzing import fuzzed, json_of, mutated, texts
 from mpa_edge import answers
 from mpa_edge.benchmarks.require import parse_lines
 from mpa_edge.bundle import read_bundle
