@@ -22,8 +22,17 @@ def is_address(spec: str) -> bool:
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
-    """Address and model of `http(s)://HOST/v1#MODEL`; `InputError` for what would carry a secret into files."""
+    """Address and model of `http(s)://HOST/v1#MODEL`; `InputError` for what would carry a secret into files.
+
+    Several servers of the model stand side by side: `http://A/v1,http://B/v1#MODEL`."""
     url, _, model = spec.partition("#")
+    urls = [_checked(one) for one in url.split(",")]
+    if len(urls) > 1 and any(is_openai(urlsplit(one).hostname or "") for one in urls):
+        raise InputError("several addresses are for servers of one's own: OpenAI's has one")
+    return ",".join(dict.fromkeys(urls)), model
+
+
+def _checked(url: str) -> str:
     try:
         parts = urlsplit(url)
         host = parts.hostname if parts.port != 0 else None
@@ -36,7 +45,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
             f"{parts.scheme}://{host}{parts.path}: an address with a password or a ? in it would end up in files. "
             f"Put the key into the environment: {KEYS[0]}."
         )
-    return url.rstrip("/"), model
+    return url.rstrip("/")
 
 
 def api_key(url: str) -> str:

@@ -7,7 +7,8 @@ What can go wrong ends in one of three ways:
     the budget is spent     `max_requests` are sent                                      `BudgetSpent` at once
 
 What may pass by itself (429, 5xx, a lost connection, a time-out) the `openai` client tries again first: after 0.5, 1,
-2, 4 and then every 8 seconds, or when the server's Retry-After says (up to two minutes).
+2, 4 and then every 8 seconds, or when the server's Retry-After says (up to two minutes). Meanwhile fewer requests are
+sent at once, and where there are several servers of the model, to those that bear them (`mpa_edge.chat_fleet`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import openai
 from PIL import Image
 
 from mpa_edge.chat_address import KEYS, api_key, parse_spec
+from mpa_edge.chat_fleet import Fleet, FleetClient
 from mpa_edge.chat_messages import ENCODING, NO_ANSWER, answer_of, failed, request_of
 from mpa_edge.errors import AGAIN, BudgetSpent, InputError, ModelError
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding, Timings
@@ -67,7 +69,8 @@ class ChatVlm:
         max_retries: int = 8,
         timeout: float = 180.0,
     ) -> None:
-        """Talk to the server at `url` (with its /v1), from the first question on; `InputError` as `parse_spec`.
+        """Talk to the server at `url` (with its /v1), from the first question on; `InputError` as `parse_spec`. Several
+        servers of the model are separated by commas; each gets up to `concurrency` requests at once.
 
         Pictures whose longer edge exceeds `longest_edge` pixels are scaled down before they are sent. `max_requests`
         caps what is sent, for questions, by this object: attempts that failed count, as they may be billed too.
@@ -77,23 +80,26 @@ class ChatVlm:
         self.name = name or model.rsplit("/", 1)[-1]
         self.longest_edge = longest_edge
         self.max_requests = max_requests
-        self.concurrency = concurrency
         # As many pictures as a caller should have open at once: more than are on their way, so that none waits long.
-        self.batch_size = 2 * concurrency
-        self.sent = 0
         self._url, _ = parse_spec(url)
-        self._host = urlsplit(self._url).hostname or ""
-        self._key = api_key(self._url)
+        self._fleet = Fleet(self._url.split(","), concurrency, self._halt_if_stopped)
+        first = self._fleet.servers[0].url
+        self.concurrency = concurrency * len(self._fleet.servers)
+        self.batch_size = 2 * self.concurrency
+        self.sent = 0
+        self._host = urlsplit(first).hostname or ""
+        keys = [api_key(server.url) for server in self._fleet.servers]
+        self._key = keys[0]  # several servers share one
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._failed = 0
         self._met = False
         self._client = openai.OpenAI(
-            base_url=self._url,
+            base_url=first,
             api_key=self._key or "none",  # the client insists on one, a server of one's own rarely does
             timeout=openai.Timeout(timeout, connect=CONNECT_SECONDS),
             max_retries=max_retries,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._count]}),
+            http_client=FleetClient(self._fleet, event_hooks={"request": [self._count]}),
         )
 
     @classmethod
@@ -124,7 +130,7 @@ class ChatVlm:
             raise self._broken(f"no answer ({_root(error)})", "Start the server, or check the address.") from error
         except openai.APIStatusError as error:
             if error.status_code in (401, 402, 403):
-                raise self._broken(self._reason(error), CURES[error.status_code]) from error
+                raise self._broken(self._reason(error), CURES[error.status_code], error) from error
             found = None
         except ValueError:  # not JSON
             found = None
@@ -137,8 +143,8 @@ class ChatVlm:
     def answer(
         self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
     ) -> list[Answer]:
-        """As `Vlm.answer`, `concurrency` requests at a time. The time of an answer is from the first attempt to the
-        end. After an error that ends the call, nothing new is sent; requests on their way are waited for.
+        """As `Vlm.answer`, at most `concurrency` requests at a time. The time of an answer is from the first attempt to
+        the end. After an error that ends the call, nothing new is sent; requests on their way are waited for.
 
         Before the first question the server must say that it is there, or `ModelError` comes in seconds.
         """
@@ -194,8 +200,7 @@ class ChatVlm:
 
     def _count(self, request: Any) -> None:
         """Called before each attempt."""
-        if self._stopped.is_set():
-            raise Halt
+        self._halt_if_stopped()
         if request.method != "POST":
             return
         with self._lock:
@@ -203,12 +208,16 @@ class ChatVlm:
                 raise Halt(BudgetSpent(self.max_requests))
             self.sent += 1
 
+    def _halt_if_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise Halt
+
     def _failure(self, error: openai.APIError) -> Answer:
         """What came of a request that failed for good: an answer that says why, or an error that ends the run."""
         reason = self._reason(error)
         status = getattr(error, "status_code", None)
         if status in CURES and not (status == 403 and MODERATED.search(reason)):
-            raise self._broken(reason, CURES[status]) from error
+            raise self._broken(reason, CURES[status], error) from error
         lost = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
         if lost and not self._alive():
             raise self._broken(reason, "Start it again, or check the address.") from error
@@ -243,8 +252,11 @@ class ChatVlm:
         text = f"HTTP {status}: {_told(error)}" if status else _root(error)
         return self._clean(text)
 
-    def _broken(self, reason: str, cure: str) -> ModelError:
-        who = f"{self._url}#{self.model}" if self.model else self._url
+    def _broken(self, reason: str, cure: str, error: openai.APIError | None = None) -> ModelError:
+        """With `error`, of the server that it came from; else of all."""
+        sent_to = str(error.request.url) if error else ""
+        url = next((one.url for one in self._fleet.servers if sent_to.startswith(f"{one.url}/")), self._url)
+        who = f"{url}#{self.model}" if self.model else url
         return ModelError(" ".join(filter(None, (f"{self._clean(f'{who}: {reason}')}.", cure, GO_ON))))
 
     def _clean(self, text: str) -> str:

@@ -541,7 +541,7 @@ def test_a_run_goes_on_when_its_server_is_back(
         vlm = ChatVlm.load(server.url, concurrency=2, max_retries=1)
         with pytest.raises(ModelError, match=r"type the same command again to go on"):
             annotate(vlm, samples, folder)
-    assert sorted(path.name for path in folder.glob("part*")) == ["part-00000.jsonl", "part-00001.jsonl"]
+    assert sorted(path.name for path in folder.glob("part*.jsonl")) == ["part-00000.jsonl", "part-00001.jsonl"]
     with serving(lambda request, number: reply("What colour? Red")) as server:  # on another port
         annotate(ChatVlm.load(server.url), samples, folder)
         assert len(server.asked) == 12
@@ -556,7 +556,7 @@ def test_a_budget_ends_a_run_and_the_next_one_goes_on(samples: list[Sample], tmp
             vlm = ChatVlm.load(server.url, concurrency=2, max_requests=10)
             with pytest.raises(BudgetSpent):
                 annotate(vlm, samples, tmp_path / "run")
-            assert len(list((tmp_path / "run").glob("part*"))) == attempt + 1
+            assert len(list((tmp_path / "run").glob("part*.jsonl"))) == attempt + 1
         annotate(ChatVlm.load(server.url, max_requests=10), samples, tmp_path / "run")
         assert len(server.asked) == 36  # twelve of them for answers of parts that were not finished
     assert [row.sample_id for row in read_parts(tmp_path / "run", Annotation)] == [sample.id for sample in samples]

@@ -1,0 +1,181 @@
+"""Several real server processes of one model: overloaded, dying, coming back."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+from PIL import Image
+
+from mpa_edge.chat_address import parse_spec
+from mpa_edge.chat_fleet import Fleet
+from mpa_edge.chat_vlm import ChatVlm
+from mpa_edge.errors import InputError, ModelError
+
+RED = Image.new("RGB", (16, 16), "red")
+# Answers with its own number and the prompt, after some milliseconds; says 429 to what is more than it can bear.
+SERVER = """
+import json, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+port, name, bears, seconds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+lock, running, asked, refused, peak = threading.Lock(), 0, 0, 0, 0
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        counts = {"asked": asked, "refused": refused, "peak": peak}
+        self.send(200, counts if self.path == "/counts" else {"data": [{"id": "only"}]})
+    def do_POST(self):
+        global running, asked, refused, peak
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.headers["Host"] == f"127.0.0.1:{port}", self.headers["Host"]
+        with lock:
+            asked, running = asked + 1, running + 1
+            peak = max(peak, running)
+            over = running > bears
+            refused += over
+        if not over:
+            time.sleep(seconds)
+        with lock:
+            running -= 1
+        said = name + " " + request["messages"][0]["content"][1]["text"]
+        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+        if over:
+            return self.send(429, {}, {"retry-after-ms": "20"})
+        self.send(200, {"id": "1", "object": "chat.completion", "choices": [choice]})
+    def send(self, status, body, headers={}):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(data)
+    def log_message(self, *_):
+        pass
+class Server(ThreadingHTTPServer):
+    daemon_threads, request_queue_size, allow_reuse_address = True, 64, True
+Server(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+class Peer:
+    """A server process on a port of its own, which it keeps when it is started again."""
+
+    def __init__(self, name: str, bears: int = 99, seconds: float = 0.01) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self._command = [sys.executable, "-c", SERVER, str(self.port), name, str(bears), str(seconds)]
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            with suppress(urllib.error.URLError):
+                self.counts()
+                return
+            time.sleep(0.02)
+        raise AssertionError("the server did not start")
+
+    def counts(self) -> dict[str, int]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/counts", timeout=10) as reply:
+            found: dict[str, int] = json.load(reply)
+            return found
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def peers() -> Iterator[Callable[..., Peer]]:
+    started: list[Peer] = []
+
+    def start(*arguments: object) -> Peer:
+        started.append(Peer(*arguments))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for peer in started:
+        peer.kill()
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "MPA_EDGE_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_an_overloaded_server_gets_as_much_as_it_bears(peers: Callable[..., Peer]) -> None:
+    peer = peers("a", 3, 0.02)
+    vlm = ChatVlm(peer.url, "only", concurrency=24)
+    answers = vlm.answer([RED] * 240, [str(number) for number in range(240)])
+    assert [answer.text for answer in answers] == [f"a {number}" for number in range(240)]
+    counts = peer.counts()
+    assert counts["peak"] <= 24
+    # The first wave finds out; without adapting, most of all attempts would be refused.
+    assert counts["refused"] < 120, counts
+    vlm.close()
+
+
+def test_servers_share_the_work_and_one_that_dies_is_left_out_until_it_is_back(peers: Callable[..., Peer]) -> None:
+    a, b = peers("a"), peers("b")
+    vlm = ChatVlm(f"{a.url},{b.url}", "only", concurrency=2)
+    assert vlm.batch_size == 8
+    assert vlm.served() == ["only"]
+
+    def ask(count: int = 40) -> dict[str, int]:
+        answers = vlm.answer([RED] * count, [str(number) for number in range(count)])
+        assert [answer.text.split()[1] for answer in answers] == [str(number) for number in range(count)]
+        names = [answer.text.split()[0] for answer in answers]
+        return {name: names.count(name) for name in ("a", "b")}
+
+    assert min(ask().values()) >= 8
+    a.kill()
+    assert ask() == {"a": 0, "b": 40}
+    a.start()
+    end = time.monotonic() + 60
+    while not ask()["a"]:
+        assert time.monotonic() < end, "a server that is back gets nothing"
+        time.sleep(0.1)
+    a.kill()
+    b.kill()
+    vlm.close()
+    with pytest.raises(ModelError, match=rf"{a.url},{b.url}#only: no answer .*Start the server"):
+        ChatVlm(f"{a.url},{b.url}", "only").answer([RED], ["?"])
+
+
+def test_a_fleet_halves_once_per_wave_and_grows_again() -> None:
+    fleet = Fleet(["http://a/v1"], 16)
+    (server,) = fleet.servers
+    server.running = 16
+    started = time.monotonic()
+    for _ in range(16):
+        server.answered(started, 503, 0.0)
+    assert server.limit == 8
+    for _ in range(200):
+        server.answered(time.monotonic(), 200, 0.0)
+    assert server.limit == 16
+    server.answered(time.monotonic(), 429, 60.0)
+    assert not server.has_room(time.monotonic() + 59)
+    assert server.has_room(time.monotonic() + 61) is (server.running < server.limit)
+
+
+def test_addresses_stand_side_by_side() -> None:
+    assert parse_spec("http://a/v1/,http://b:80/v1#m") == ("http://a/v1,http://b:80/v1", "m")
+    for wrong in (
+        "http://a/v1,",
+        "http://a/v1,http://me:word@b/v1",
+        "https://api.openai.com/v1,https://eu.openai.com/v1",
+    ):
+        with pytest.raises(InputError):
+            parse_spec(wrong)
