@@ -84,6 +84,19 @@ def test_paired_difference() -> None:
     assert difference.p == mcnemar(a, b) < 0.001
 
 
+def test_a_paired_interval_covers_the_true_difference_about_as_often_as_it_says() -> None:
+    """b mends 30% of what a has wrong and breaks 5% of what a has right: 0.4 * 0.3 - 0.6 * 0.05 = 0.09."""
+    rng = np.random.default_rng(2)
+    hits = 0
+    for trial in range(100):
+        a = rng.random(250) < 0.6
+        changed = rng.random(250) < np.where(a, 0.05, 0.3)
+        difference = paired_difference(a.astype(float).tolist(), (a ^ changed).astype(float).tolist(), seed=trial)
+        assert difference is not None
+        hits += difference.low <= 0.09 <= difference.high
+    assert 0.89 <= hits / 100 <= 0.99
+
+
 def test_a_paired_interval_is_narrower_than_two_separate_ones() -> None:
     rng = np.random.default_rng(1)
     a = (rng.random(500) < 0.5).astype(float)
