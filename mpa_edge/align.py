@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpa_edge.asked import check_bundle, require_bundle
+from mpa_edge.askers import Engine
 from mpa_edge.audit import audit_run
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import ExportError, FingerprintMismatch, InputError, RunError, UnknownFamily, require
-from mpa_edge.models import ADAPTER, kind_of, open_vlm
+from mpa_edge.models import ADAPTER, kind_of
+from mpa_edge.opening import open_models, open_student
 from mpa_edge.progress import progress, say
 from mpa_edge.run_events import recorded
 from mpa_edge.run_folder import RoundFolder, RunFolder, delete, set_aside
@@ -105,23 +107,23 @@ def align(config: AlignConfig) -> AlignResult:
     warn_without_export(config.student)
     run = RunFolder(config.run)
     with run.lock(), recorded(run.path, config.metrics_file):
+        if config.engine == "ray":
+            return _align_on_ray(config)
         return _align(config, *open_models(config), close=True)
 
 
-def open_models(config: AlignConfig) -> tuple[Vlm, Vlm, Vlm | None]:
-    """The teacher, the student, and what is asked in its place if something is, as a run needs them. The student comes
-    first, so that a bundle that is not of it is refused before the large model is loaded."""
-    student = _open_student(config, config.student)
+def _align_on_ray(config: AlignConfig) -> AlignResult:
+    """The student is opened here too: it is trained here."""
+    from mpa_edge.ray_engine import RayPool
+
+    student = open_student(config, config.student)
     if config.ask:
         check_bundle(config.ask, student, config.student)
-    teacher = open_vlm(
-        config.teacher,
-        **_options(config, longest_edge=config.teacher_longest_edge),
-        four_bit=config.teacher_4bit,
-        max_requests=config.max_requests,
-        concurrency=config.concurrency,
-    )
-    return teacher, student, open_vlm(config.ask) if config.ask else None
+    pool = RayPool(config)
+    try:
+        return _align(config, pool.models["teacher"], student, pool.models["asked"], engine=pool, close=True)
+    finally:
+        pool.close()
 
 
 def align_models(config: AlignConfig, teacher: Vlm, student: Vlm, *, asked: Vlm | None = None) -> AlignResult:
@@ -139,7 +141,7 @@ def help_to_train(config: AlignConfig) -> None:
     from mpa_edge.training_data import read_examples
 
     ranks, run = meet(config), RunFolder(config.run)
-    student = _trainable(_open_student(config, config.student), config)
+    student = _trainable(open_student(config, config.student), config)
     start: Path | None = None
     for number in range(1, config.rounds + 1):
         ranks.wait()  # until the main process has chosen the rows
@@ -151,6 +153,8 @@ def help_to_train(config: AlignConfig) -> None:
 def meet(config: AlignConfig) -> Ranks:
     """Refuse what cannot be trained before anything is loaded, and meet the other processes, if there are any."""
     require("align", LIBRARIES)
+    if config.engine == "ray":
+        require("ray", ["ray"])
     from mpa_edge.methods import refuse_untrainable
     from mpa_edge.ranks import Ranks
 
@@ -181,13 +185,21 @@ def warn_without_export(student: str) -> None:
         say(f"warning: --student {student}: {error}")
 
 
-def _align(config: AlignConfig, teacher: Vlm, student: Vlm, asked: Vlm | None, *, close: bool = False) -> AlignResult:
+def _align(
+    config: AlignConfig,
+    teacher: Vlm,
+    student: Vlm,
+    asked: Vlm | None,
+    *,
+    engine: Engine | None = None,
+    close: bool = False,
+) -> AlignResult:
     """`close` gives the memory of the models that are only asked back before training."""
     run, trainable = RunFolder(config.run), _trainable(student, config)
     models = describe(teacher=teacher, student=student, ask=asked if config.ask else None)
     maker = TrainingSetMaker(config, run, models)
     scanned = maker.scan()
-    annotations, rejected = maker.ask(teacher, asked or student)
+    annotations, rejected = maker.ask(teacher, asked or student, engine)
     for vlm in (teacher, asked) if close else ():
         if vlm is not None:
             vlm.close()
@@ -206,7 +218,15 @@ def _align(config: AlignConfig, teacher: Vlm, student: Vlm, asked: Vlm | None, *
 def _ask_again(config: AlignConfig, maker: TrainingSetMaker, number: int) -> None:
     """Ask the student as the round before left it, read from its files: whoever trained it, and in which process."""
     folder = maker.round(number - 1).student
-    student = _open_student(config, str(folder))
+    if config.engine == "ray":
+        from mpa_edge.ray_engine import RayPool
+
+        pool = RayPool(config, str(folder))
+        try:
+            return maker.ask_again(number, pool.models["asked"], pool)
+        finally:
+            pool.close()
+    student = open_student(config, str(folder))
     try:
         maker.ask_again(number, student)
     finally:
@@ -300,21 +320,6 @@ def _check_student(spec: str) -> None:
         raise InputError(
             f"--student {spec}: is an adapter. Merge it first; mpa-edge export keeps the model in RUN/merged."
         )
-
-
-def _open_student(config: AlignConfig, spec: str) -> Vlm:
-    options = _options(config, longest_edge=config.longest_edge)
-    return open_vlm(spec, **options, four_bit=config.method == "qlora")
-
-
-def _options(config: AlignConfig, *, longest_edge: int | None) -> dict[str, Any]:
-    """How models are opened."""
-    return {
-        "device": config.device,
-        "dtype": config.dtype,
-        "batch_size": config.batch_size,
-        "longest_edge": longest_edge,
-    }
 
 
 def _trainable(student: Vlm, config: AlignConfig) -> TransformersVlm:

@@ -17,6 +17,7 @@ Method = Literal["lora", "dora", "qlora", "full"]
 Part = Literal["language", "connector", "vision"]
 Checkpointing = Literal["auto", "on", "off"]
 SaveAs = Literal["llava", "sharegpt"]
+Engine = Literal["local", "ray"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -39,7 +40,7 @@ class Settings(BaseModel):
 
 # Under which heading `--help` lists a flag.
 PICTURES, MODELS, QUESTIONS = "Pictures", "Models", "Questions"
-TRAINING_SET, TRAINING = "Training set", "Training"
+TRAINING_SET, TRAINING, SCALE = "Training set", "Training", "More machines"
 
 
 def setting(default: Any = ..., panel: str = "Main", *, help: str, shown: str | None = None, **bounds: Any) -> Any:
@@ -127,6 +128,27 @@ class AlignConfig(Settings):
     train_batch_size: int = setting(32, TRAINING, ge=1, help="Samples per forward and backward pass.")
     accumulate: int = setting(1, TRAINING, ge=1, help="Passes per optimizer step.")
     checkpointing: Checkpointing = setting("auto", TRAINING, help="Trade time for memory (gradient checkpointing).")
+
+    engine: Engine = setting("local", SCALE, help="Where pictures are asked about: in this process, or by Ray actors.")
+    address: str | None = setting(
+        None, SCALE, help="The Ray cluster: auto, HOST:PORT or ray://HOST:PORT.", shown="a Ray of this machine alone"
+    )
+    actors: int | None = setting(
+        None, SCALE, ge=1, help="Ray actors, each with its models and a CPU core.", shown="as many as fit"
+    )
+    gpus_per_actor: float | None = setting(
+        None, SCALE, ge=0, help="Share of a GPU, or several, for each.", shown="1 where the cluster has GPUs, else 0"
+    )
+
+    @model_validator(mode="after")
+    def _ray_is_asked_for(self) -> AlignConfig:
+        """What says how Ray is used goes with it, and what only one process can count does not."""
+        names = ("address", "actors", "gpus_per_actor")
+        for name in names if self.engine == "local" else ("max_requests",):
+            if getattr(self, name) is not None:
+                flag, how = f"--{name.replace('_', '-')}", "goes" if self.engine == "local" else "does not go"
+                raise PydanticCustomError("engine", "{flag} {how} with --engine ray", {"flag": flag, "how": how})
+        return self
 
     @model_validator(mode="after")
     def _one_student_is_asked(self) -> AlignConfig:

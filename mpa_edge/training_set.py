@@ -17,13 +17,11 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from mpa_edge.annotate import Annotator
-from mpa_edge.askers import Asker, Asks, Engine, Here, Part
+from mpa_edge.askers import Asker, Asks, Engine, Here, Part, annotator_of, identifier_of, reidentifier_of
 from mpa_edge.asking import refuse_small_budget
 from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch
-from mpa_edge.identify import Identifier, Reidentifier
 from mpa_edge.parts import (
     STAGE,
     Parts,
@@ -87,9 +85,9 @@ class TrainingSet:
     counts: RoundCounts
 
 
-def make_training_set(config: AlignConfig, teacher: Vlm, student: Vlm) -> TrainingSet:
+def make_training_set(config: AlignConfig, teacher: Vlm, student: Vlm, engine: Engine | None = None) -> TrainingSet:
     """Write the training set of a run folder from pictures and two models; resumes. `student` is any model that is
-    asked in the student's place.
+    asked in the student's place; `engine` asks, if not this process.
 
     Raises as `mpa_edge.align.align` does, but for what concerns training.
     """
@@ -97,7 +95,7 @@ def make_training_set(config: AlignConfig, teacher: Vlm, student: Vlm) -> Traini
     with run.lock(), recorded(run.path, config.metrics_file):
         maker = TrainingSetMaker(config, run, describe(teacher=teacher, student=student))
         scanned = maker.scan()
-        annotations, rejected = maker.ask(teacher, student)
+        annotations, rejected = maker.ask(teacher, student, engine)
         counts = maker.select(1)
     return TrainingSet(maker.round(1).parity, scanned, annotations, rejected, counts)
 
@@ -162,9 +160,8 @@ class TrainingSetMaker:
     def ask(self, teacher: Vlm, student: Vlm, engine: Engine | None = None) -> tuple[int, dict[str, int]]:
         """Annotate and identify, part by part: what a model computed of a part's pictures is still at hand when they
         come again. Returns the number of annotations, and those rejected by reason."""
-        config, task = self._config, self._task
-        annotator = Annotator(teacher, task, config.questions, config.temperature, config.seed)
-        identifier = Identifier(teacher, student, task, config.match, config.votes, config.blind, config.seed)
+        config = self._config
+        annotator, identifier = annotator_of(config, teacher), identifier_of(config, teacher, student)
         _refuse_small_budget(config, teacher, min(config.chunk_size, self._scanned.pictures))
         shaped = annotator.fingerprint() | {"input": self._scanned.digest, "chunk_size": config.chunk_size}
         annotations = open_parts(self._run.annotations, Annotation, shaped, self._parts)
@@ -204,7 +201,7 @@ class TrainingSetMaker:
 
     def ask_again(self, number: int, student: Vlm, engine: Engine | None = None) -> None:
         """Identify round `number`, from 2: ask what the student has become."""
-        again = Reidentifier(student, self._task, self._config.match)
+        again = reidentifier_of(self._config, student)
         first, folder = Parts(self._first.cases, Case), self.round(number).cases
         fingerprint = again.fingerprint() | {"cases": digest_of_stage(self._first.cases)}
         try:
