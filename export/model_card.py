@@ -95,6 +95,7 @@ class Variant(BaseModel):
     name: str
     step: str
     accuracy: Accuracy | None = None
+    digests: dict[str, str] = {}  # of the weights that were opened, and of an adapter
 
 
 class Data(BaseModel):
@@ -281,26 +282,15 @@ def scores_of_report(merged: Merged) -> Scores | None:
         if (found := variant.accuracy) and found.value is not None and found.ci95
     ]
     # The merged model is the aligned one; both are there only where somebody measured both.
-    ours = [variant.name for step in ("merged", "aligned") for variant in report.variants if variant.step == step]
-    ours = [name for name in ours if name in {name for name, _, _ in known}]
+    ours = [variant for step in ("merged", "aligned") for variant in report.variants if variant.step == step]
+    scored = {name for name, _, _ in known}
     digests = {merged.provenance.adapter_sha256, digest_of_folder(merged.folder)}
-    here = next((name for name in ours if digests & measured_digests(folder / "raw", name)), None)
+    here = next((one.name for one in ours if one.name in scored and digests & {*one.digests.values()}), None)
     if here is None:
         return None
     rows = [Row(name, value, ci95, name == here) for name, value, ci95 in known]
     source = f"From the benchmark of {report.created[:10]}."
     return Scores(report.data.name, report.task.metric, report.data.n, rows, source)
-
-
-def measured_digests(raw: Path, variant: str) -> set[str]:
-    """The digests of the weights that a benchmark opened under a variant's name: of an adapter, of a whole model."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", variant)[:60]
-    found = set()
-    for path in raw.glob("*/measured.json"):
-        if re.fullmatch(rf"{re.escape(name)}-[0-9a-f]+", path.parent.name):
-            about = json.loads(path.read_bytes()).get("describe") or {}
-            found |= {about[key] for key in ("adapter", "weights") if about.get(key)}
-    return found
 
 
 def in_words(value: Any) -> str:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from mpa_edge.benchmarks.measure import Measured
+from mpa_edge.benchmarks.score import digests_of
 from mpa_edge.benchmarks.variants import Variant, baseline_of, content_digest, place_on_road, size_bytes, variants_of
 from mpa_edge.errors import BundleError, InputError, ModelError
 
@@ -57,6 +60,17 @@ def test_an_adapter_counts_with_its_base(tmp_path: Path) -> None:
     assert content_digest(str(student)) == before
     (base / "model.safetensors").write_bytes(b"87654321")
     assert content_digest(str(student)) != before
+
+
+def test_a_report_names_what_was_measured_by_digest(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text("{}")
+    bundle = Variant("q8", str(tmp_path), "quantized", "llama.cpp")
+    told = Measured({}, [], describe={"weights": "a" * 64, "adapter": "b" * 64, "dtype": "float32"})
+    assert digests_of(bundle, Measured({}, [])) == {"manifest": hashlib.sha256(b"{}").hexdigest()}
+    assert digests_of(Variant("aligned", "org/model", "aligned", "transformers"), told) == {
+        "weights": "a" * 64, "adapter": "b" * 64,
+    }  # fmt: skip
+    assert digests_of(Variant("teacher", "http://x/v1", "teacher", "chat"), Measured({}, [])) == {}
 
 
 def test_an_adapter_without_its_base_is_told_before_anything_is_measured(tmp_path: Path) -> None:

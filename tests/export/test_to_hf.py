@@ -211,7 +211,7 @@ def test_scores_come_from_a_report_of_this_very_student_wherever_it_lies(
     assert merged.run
     # A copy, whose files are all younger than the report.
     merged = replace(merged, run=Path(shutil.copytree(merged.run, tmp_path / "copy")))
-    report = {
+    report: dict[str, Any] = {
         "created": "2020-01-01T00:00:00+00:00",
         "data": {"name": "test", "n": 60},
         "task": {"metric": "anls"},
@@ -222,14 +222,15 @@ def test_scores_come_from_a_report_of_this_very_student_wherever_it_lies(
     assert "Not measured" in model_card(merged, {"samples": 3})  # nobody knows of whom it is
     adapter = {"weights": "0" * 64, "adapter": merged.provenance.adapter_sha256}
     whole = {"weights": digest_of_folder(merged.folder)}
-    told = folder / "raw" / "aligned-0123456789" / "measured.json"
-    write_atomic(told, json.dumps({"describe": adapter if measured == "adapter" else whole}))
+    report["variants"][1]["digests"] = adapter if measured == "adapter" else whole
+    write_atomic(folder / "report.json", json.dumps(report))
     card = model_card(merged, {"samples": 3})
     assert "| student | 50.0% | 40.0–90.0 |" in card
     assert "| **aligned** (this model) | 75.0% |" in card
     (result,) = metadata(card)["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "anls", "value": 0.75}]
-    write_atomic(told, json.dumps({"describe": {"weights": "0" * 64, "adapter": "1" * 64}}))
+    report["variants"][1]["digests"] = {"weights": "0" * 64, "adapter": "1" * 64}
+    write_atomic(folder / "report.json", json.dumps(report))
     assert "Not measured" in model_card(merged, {"samples": 3})  # it was of another student
     write_atomic(folder / "report.json", "{}")
     assert "Not measured" in model_card(merged, {"samples": 3})
