@@ -8,9 +8,12 @@ import re
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-# Where it is no `OSError` with a number: by Rust and C, and by numpy.
-SAID = re.compile(rf"{re.escape(os.strerror(errno.ENOSPC))}|\d+ requested and \d+ written")
-SAID_CLOSED = re.compile("|".join(rf"{re.escape(os.strerror(number))} \(os error {number}\)" for number in CLOSED))
+# Where it is no `OSError` with a number: by Rust and C, by numpy, and by SQLite.
+SAID = re.compile(rf"{re.escape(os.strerror(errno.ENOSPC))}|\d+ requested and \d+ written|^database or disk is full$")
+SAID_CLOSED = re.compile(
+    "|".join(rf"{re.escape(os.strerror(number))} \(os error {number}\)" for number in CLOSED)
+    + "|^attempt to write a readonly database$|^unable to open database file$|^disk I/O error$"
+)
 
 
 def is_full(error: BaseException | None) -> bool:

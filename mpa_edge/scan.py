@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import scan
-from mpa_edge.errors import InputError
+from mpa_edge.errors import InputError, RunError
 from mpa_edge.overlap import Overlap, find_shared
 from mpa_edge.progress import counting, say
 from mpa_edge.records import Sample
@@ -47,16 +48,24 @@ class Pictures:
 def find_pictures(config: AlignConfig, run: RunFolder) -> Iterator[Pictures]:
     """The pictures, as long as the body runs.
 
-    Raises `InputError` where no picture is left, or one of the two sources cannot be read.
+    Raises `InputError` where no picture is left, or one of the two sources cannot be read, and `RunError` where what
+    an earlier scan kept is damaged.
     """
     wanted, cache = config.limit, run.path / ".scan.sqlite"
-    while wanted != 0:
-        with counting("scan") as tell:
-            index = scan(config.images, store=run.images, limit=wanted, cache=cache, progress=tell)
-        with index:
-            pictures, wanted = _without_test(config, index, run, wanted)
-            if wanted == 0:
-                yield pictures
+    try:
+        while wanted != 0:
+            with counting("scan") as tell:
+                index = scan(config.images, store=run.images, limit=wanted, cache=cache, progress=tell)
+            with index:
+                pictures, wanted = _without_test(config, index, run, wanted)
+                if wanted == 0:
+                    yield pictures
+    except sqlite3.OperationalError:
+        raise  # a disk that is full, or may not be written
+    except sqlite3.DatabaseError as error:
+        raise RunError(
+            f"{cache} is damaged ({error}). Delete it, and type the same command again: it looks at the pictures anew."
+        ) from error
 
 
 def _without_test(

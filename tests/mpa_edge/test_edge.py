@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +69,14 @@ def closed_in_rust() -> None:
     raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
 
 
+def in_sqlite() -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def closed_in_sqlite() -> None:
+    raise sqlite3.OperationalError("attempt to write a readonly database")
+
+
 def underneath() -> None:
     try:
         full()
@@ -82,6 +91,8 @@ def underneath() -> None:
         (closed, "error: /photos/run: read-only file system."),
         (in_rust, "error: no space left on the disk."),
         (closed_in_rust, "error: permission denied (os error 13)."),
+        (in_sqlite, "error: no space left on the disk."),
+        (closed_in_sqlite, "error: attempt to write a readonly database."),
         (underneath, "error: /photos/run/part-00003.jsonl: no space left on the disk."),
     ],
 )
