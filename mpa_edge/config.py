@@ -139,6 +139,9 @@ class AlignConfig(Settings):
     gpus_per_actor: float | None = setting(
         None, SCALE, ge=0, help="Share of a GPU, or several, for each.", shown="1 where the cluster has GPUs, else 0"
     )
+    mirror: str | None = setting(
+        None, SCALE, help="Also keep what was asked here, s3://BUCKET/RUN or any fsspec URL, and go on from there."
+    )
 
     @model_validator(mode="after")
     def _ray_is_asked_for(self) -> AlignConfig:

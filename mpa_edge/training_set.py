@@ -22,6 +22,7 @@ from mpa_edge.asking import refuse_small_budget
 from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch
+from mpa_edge.mirror import Mirror
 from mpa_edge.parts import (
     STAGE,
     Parts,
@@ -163,6 +164,7 @@ class TrainingSetMaker:
         config = self._config
         annotator, identifier = annotator_of(config, teacher), identifier_of(config, teacher, student)
         _refuse_small_budget(config, teacher, min(config.chunk_size, self._scanned.pictures))
+        mirror = self._mirror()
         shaped = annotator.fingerprint() | {"input": self._scanned.digest, "chunk_size": config.chunk_size}
         annotations = open_parts(self._run.annotations, Annotation, shaped, self._parts)
         shaped = identifier.fingerprint() | {"annotations": _digest([json.dumps(shaped)])}
@@ -174,14 +176,30 @@ class TrainingSetMaker:
             self._ask_part(asker, part, annotations, cases)
 
         with progress("ask", self._scanned.pictures) as advance:
-            for _, samples in (engine or Here()).each(Asks(annotator, identifier), enumerate(self._chunks()), work):
+            asks = Asks(annotator, identifier)
+            for number, samples in (engine or Here()).each(asks, enumerate(self._chunks()), work):
                 advance(len(samples))
+                if mirror:
+                    mirror.keep(number)
+        if mirror:
+            mirror.settle(self._parts)
         rejected: dict[str, int]
         total, rejected = remembered(
             self._run.path / ".annotations.json", digest_of_stage(annotations.folder), lambda: _rejected(annotations)
         )
         self.log.note("annotate", rows=total, rejected=rejected)
         return total, rejected
+
+    def _mirror(self) -> Mirror | None:
+        """The second home of the parts, after what lies there was fetched."""
+        if self._config.mirror is None:
+            return None
+        mirror = Mirror(self._config.mirror, {"annotations": self._run.annotations, "cases": self._first.cases})
+        if self._config.fresh:
+            mirror.clear()
+        elif count := mirror.fetch():
+            say(f"{count} files were fetched from {self._config.mirror}")
+        return mirror
 
     def _training_began(self) -> bool:
         return any((self.round(number).student / STAGE).exists() for number in range(1, self._config.rounds + 1))

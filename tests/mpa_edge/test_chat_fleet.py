@@ -116,14 +116,14 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_overloaded_server_gets_as_much_as_it_bears(peers: Callable[..., Peer]) -> None:
-    peer = peers("a", 3, 0.02)
+    peer = peers("a", 3, 0.15)
     vlm = ChatVlm(peer.url, "only", concurrency=24)
-    answers = vlm.answer([RED] * 240, [str(number) for number in range(240)])
-    assert [answer.text for answer in answers] == [f"a {number}" for number in range(240)]
+    answers = vlm.answer([RED] * 80, [str(number) for number in range(80)])
+    assert [answer.text for answer in answers] == [f"a {number}" for number in range(80)]
     counts = peer.counts()
     assert counts["peak"] <= 24
-    # The first wave finds out; without adapting, most of all attempts would be refused.
-    assert counts["refused"] < 120, counts
+    # The first wave finds out. Without adapting, well over a hundred are refused, and then the run ends.
+    assert counts["refused"] < 60, counts
     vlm.close()
 
 

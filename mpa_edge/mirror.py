@@ -1,0 +1,155 @@
+"""A second home for what the models were asked: `--mirror s3://BUCKET/RUN`, or any other place that fsspec reaches.
+
+What lies there are the parts of the annotations and of the first round's cases, each copied when it is done: the nights
+of GPU time, so that they outlive this machine. The same command with the same `--mirror` on another machine fetches
+them and goes on. Everything reads the copy in the run's folder: a million pictures are a few gigabytes of parts, which
+selection reads several times, and a bucket would be asked for each of thousands of parts each time. The lock, the
+pictures (mount the bucket) and the student, which is made anew from the parts in hours, stay on this machine.
+
+Where the two differ, what lies in the mirror counts. A part is whole there or absent, as it is here: object stores put
+files so, local paths (NFS too) are renamed into place, other stores get a temporary file that is moved. What a store
+tore nevertheless is found by the part's digest, and made again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mpa_edge.errors import AGAIN, InputError, RunError
+from mpa_edge.parts import STAGE
+from mpa_edge.progress import say
+from mpa_edge.records import write_atomic
+
+# The digest goes before its part, and the note of failed rows before both: see `mpa_edge.parts`.
+OURS = re.compile(r"stage\.json|part-\d{5,}\.(failed|sha256|jsonl)")
+ORDER = (".failed", ".sha256", ".jsonl")
+# A file that is put there appears in one step.
+OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
+
+
+class Mirror:
+    """The copies of some stages' folders below `url`; `stages` maps their names there to the folders here.
+
+    Raises `InputError` for a place that cannot be, and `RunError` when it cannot be reached.
+    """
+
+    def __init__(self, url: str, stages: Mapping[str, Path]) -> None:
+        import fsspec
+
+        if "://" in url and ("@" in urlsplit(url).netloc or urlsplit(url).query):
+            raise InputError("--mirror: an address with a password or a ? in it would end up in files")
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:  # which names the package to install
+            raise InputError(f"--mirror {url}: {error}") from error
+        self._url, self._stages = url, dict(stages)
+        self._roots = {name: f"{root.rstrip('/')}/{name}" for name in stages}
+        # What is the same on both sides: the size and time of the file here.
+        self._same: dict[Path, tuple[int, int]] = {}
+        self._there: dict[str, dict[str, int]] = {}
+        self._behind = False
+
+    def fetch(self) -> int:
+        """Copy to here what is there and not the same; returns the number of files."""
+        count = 0
+        for stage, folder in self._stages.items():
+            self._there[stage] = self._list(stage)
+            groups = sorted({name.partition(".")[0] for name in self._there[stage]} - {"stage"})
+            for group in ("stage", *groups):
+                count += self._fetch_group(stage, folder, group)
+        return count
+
+    def clear(self) -> None:
+        """Delete there what lies there of earlier runs, and nothing else."""
+        for stage in self._stages:
+            for name in self._list(stage):
+                self._do(self._fs.rm_file, f"{self._roots[stage]}/{name}")
+            self._there[stage] = {}
+
+    def keep(self, number: int) -> None:
+        """Copy a part to there, where it is not the same; without a connection a line, and later."""
+        try:
+            for stage, folder in self._stages.items():
+                self._keep(stage, folder / STAGE)
+                for suffix in ORDER:
+                    self._keep(stage, folder / f"part-{number:05d}{suffix}")
+        except RunError as error:
+            if not self._behind:
+                say(f"warning: {error} The parts are kept here, and copied when that works again")
+            self._behind = True
+
+    def settle(self, parts: int) -> None:
+        """Copy what could not be copied before; `RunError` when that fails again."""
+        if self._behind:
+            self._behind = False
+            for number in range(parts):
+                self.keep(number)
+        if self._behind:
+            raise RunError(f"--mirror {self._url} cannot be written. What is finished is kept: {AGAIN} to go on.")
+
+    def _fetch_group(self, stage: str, folder: Path, group: str) -> int:
+        """One part with its digest and its note, or the stage's settings."""
+        there = self._there[stage]
+        names = [f"{group}{suffix}" for suffix in (".json", *ORDER) if f"{group}{suffix}" in there]
+        if all(_size(folder / name) == there[name] for name in names):
+            self._same |= {folder / name: _state(folder / name) for name in names}
+            return 0
+        for name in names:
+            write_atomic(folder / name, self._do(self._fs.cat_file, f"{self._roots[stage]}/{name}"))
+            self._same[folder / name] = _state(folder / name)
+        return len(names)
+
+    def _keep(self, stage: str, path: Path) -> None:
+        there = f"{self._roots[stage]}/{path.name}"
+        if not path.exists():
+            if self._there[stage].pop(path.name, None) is not None:
+                self._do(self._fs.rm_file, there)
+            return
+        if self._same.get(path) != (state := _state(path)):
+            self._do(self._put, there, path.read_bytes())
+            self._same[path], self._there[stage][path.name] = state, state[0]
+
+    def _put(self, path: str, content: bytes) -> None:
+        names = self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
+        if "file" in names:
+            write_atomic(Path(path), content)
+        elif OBJECT_STORES & set(names):
+            self._fs.pipe_file(path, content)
+        else:
+            folder, _, name = path.rpartition("/")
+            self._fs.makedirs(folder, exist_ok=True)
+            self._fs.pipe_file(f"{folder}/.{name}.tmp", content)
+            self._fs.mv(f"{folder}/.{name}.tmp", path)
+
+    def _list(self, stage: str) -> dict[str, int]:
+        """The sizes of a stage's files there, by name."""
+        try:
+            found = self._fs.ls(self._roots[stage], detail=True)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:
+            raise self._broken(error) from error
+        sizes = {str(one["name"]).rsplit("/", 1)[-1]: int(one["size"] or 0) for one in found}
+        return {name: size for name, size in sizes.items() if OURS.fullmatch(name)}
+
+    def _do(self, action: Any, *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except Exception as error:  # each store's client has errors of its own
+            raise self._broken(error) from error
+
+    def _broken(self, error: Exception) -> RunError:
+        return RunError(f"--mirror {self._url}: {type(error).__name__} ({str(error)[:200]}).")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

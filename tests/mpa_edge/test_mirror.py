@@ -1,0 +1,174 @@
+"""What was asked has a second home, from which another machine goes on."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+from mpa_edge.config import AlignConfig
+from mpa_edge.errors import FingerprintMismatch, InputError, RunError
+from mpa_edge.fake import FakeVlm
+from mpa_edge.mirror import Mirror
+from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
+from mpa_edge.training_set import make_training_set
+
+
+class Teacher(FakeVlm):
+    """Writes the same about every picture."""
+
+    asked = 0
+    silent = False
+
+    def answer(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Answer]:
+        self.asked += len(images)
+        return (
+            [Answer("", finish_reason="error", error="late")] + [Answer("What is it? red")] * (len(images) - 1)
+            if (self.silent)
+            else [Answer("What is it? red")] * len(images)
+        )
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for seed in range(7):
+        image = Image.frombytes("RGB", (12, 12), random.Random(seed).randbytes(12 * 12 * 3))
+        image.save(tmp_path / "photos" / f"{seed}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture(params=["memory", "file", "slow"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An object store, a folder, and a store that tears what it is given unless it is moved into place."""
+    if request.param == "slow":
+        fsspec.register_implementation("slow", Slow, clobber=True)
+    url = f"{request.param}://{tmp_path / 'far' / 'run'}"
+    yield url
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+class Slow(MemoryFileSystem):
+    """No object store: only what is moved into place is whole."""
+
+    protocol = "slow"
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        assert path.endswith(".tmp"), path
+        super().pipe_file(path, value, **kwargs)
+
+
+def make(photos: Path, out: Path, mirror: str | None, teacher: Teacher | None = None, **settings: Any) -> Teacher:
+    usual: dict[str, Any] = {"chunk_size": 2, "questions": 1, "task": "reference", "mirror": mirror, **settings}
+    config = AlignConfig(images=str(photos), teacher="t", student="s", out=out, **usual)
+    teacher = teacher or Teacher()
+    make_training_set(config, teacher, FakeVlm())
+    return teacher
+
+
+def parts(out: Path) -> dict[str, bytes]:
+    stages = (path for stage in ("annotations", "cases") for path in (out / stage).iterdir())
+    return {str(path.relative_to(out)): path.read_bytes() for path in stages}
+
+
+def far(url: str) -> dict[str, bytes]:
+    fs, root = fsspec.core.url_to_fs(url)
+    return {path.split("/run/", 1)[1]: fs.cat_file(path) for path in fs.find(root)}
+
+
+def test_another_machine_goes_on_from_the_mirror(photos: Path, place: str, tmp_path: Path) -> None:
+    make(photos, tmp_path / "a", place)
+    assert far(place) == parts(tmp_path / "a")
+    assert make(photos, tmp_path / "b", place).asked == 0
+    assert parts(tmp_path / "b") == parts(tmp_path / "a")
+    with pytest.raises(FingerprintMismatch):
+        make(photos, tmp_path / "c", place, questions=2)
+    # A part that was not finished here, and one that a store tore.
+    shutil.rmtree(tmp_path / "b" / "cases")
+    fs, root = fsspec.core.url_to_fs(place)
+    for stage in ("annotations", "cases"):
+        torn = fs.cat_file(f"{root}/{stage}/part-00001.jsonl")[:-5]
+        with fs.open(f"{root}/{stage}/part-00001.jsonl.tmp", "wb") as file:
+            file.write(torn)
+        fs.mv(f"{root}/{stage}/part-00001.jsonl.tmp", f"{root}/{stage}/part-00001.jsonl")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert make(photos, tmp_path / "b", place).asked == 4
+    assert far(place) == parts(tmp_path / "b") == parts(tmp_path / "a")
+
+
+def test_failed_rows_are_asked_again_from_there_and_fresh_starts_over(photos: Path, tmp_path: Path) -> None:
+    place = f"file://{tmp_path / 'far' / 'run'}"
+    late = Teacher()
+    late.silent = True
+    make(photos, tmp_path / "a", place, late)
+    assert "annotations/part-00000.failed" in far(place)
+    make(photos, tmp_path / "b", place)
+    assert not [name for name in far(place) if name.endswith(".failed")]
+    assert far(place) == parts(tmp_path / "b")
+    (tmp_path / "far" / "run" / "cases" / "notes.txt").write_text("mine")
+    make(photos, tmp_path / "b", place, fresh=True, limit=4)
+    assert far(place) == {**parts(tmp_path / "b"), "cases/notes.txt": b"mine"}
+
+
+def test_a_store_that_is_away_stops_nothing_and_is_told(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, away = "memory:///run", [True] * 3
+    put = MemoryFileSystem.pipe_file
+
+    def sometimes(self: Any, *arguments: Any, **options: Any) -> Any:
+        if away and away.pop():
+            raise OSError("no route to host")
+        return put(self, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", sometimes)
+    make(photos, tmp_path / "a", place)
+    assert capsys.readouterr().err.count("no route to host") == 1
+    assert far(place) == parts(tmp_path / "a")
+    away += [True] * 99
+    with pytest.raises(RunError, match=r"memory:///other/run cannot be written.*type the same command again"):
+        make(photos, tmp_path / "a", "memory:///other/run")
+    away.clear()
+    assert make(photos, tmp_path / "a", "memory:///other/run").asked == 0
+    assert far("memory:///other/run") == parts(tmp_path / "a")
+    MemoryFileSystem.store.clear()
+
+
+@pytest.mark.parametrize("url", ["s3://key:secret@bucket/run", "s3://bucket/run?token=secret", "nowhere://x/run"])
+def test_a_place_that_cannot_be_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match="--mirror") as caught:
+        Mirror(url, {})
+    assert "secret" not in str(caught.value)
+
+
+def test_a_bucket(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that speaks S3, in a process of its own."""
+    for package in ("moto.server", "s3fs"):
+        pytest.importorskip(package, reason='needs a bucket: pip install s3fs "moto[server]"')
+    code = "from moto.server import ThreadedMotoServer as S; import time; s = S(port=0); s.start(); "
+    code += "print(s.get_host_and_port()[1], flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=-3, text=True) as server:
+        assert server.stdout is not None
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.stdout.readline().strip()}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+        try:
+            fsspec.filesystem("s3").mkdir("photos")
+            make(photos, tmp_path / "a", "s3://photos/run")
+            assert far("s3://photos/run") == parts(tmp_path / "a")
+            assert make(photos, tmp_path / "b", "s3://photos/run").asked == 0
+            assert parts(tmp_path / "b") == parts(tmp_path / "a")
+        finally:
+            server.kill()
