@@ -60,8 +60,10 @@ def _root(
 
 
 @app.command(
-    epilog="Example: mpa-edge align --images photos/ --teacher Qwen/Qwen2-VL-7B-Instruct "
-    "--student HuggingFaceTB/SmolVLM-500M-Instruct --task textvqa --out runs/shop",
+    epilog="Examples: mpa-edge align --images photos/ --teacher Qwen/Qwen2-VL-7B-Instruct "
+    "--student HuggingFaceTB/SmolVLM-500M-Instruct --task textvqa --out runs/shop\n\n"
+    "On a Ray cluster: … --engine ray --address auto --gpus-per-actor 0.5 --mirror s3://photos/runs/shop\n\n"
+    "With two servers: … --teacher http://gpu-1:8000/v1,http://gpu-2:8000/v1#MODEL --concurrency 64",
     short_help="Train the student on what the teacher knows and it does not.",
 )
 @options_of(AlignConfig)

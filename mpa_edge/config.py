@@ -83,7 +83,7 @@ class AlignConfig(Settings):
         None, MODELS, ge=16, help="The same for the student, from here to the bundle.", shown="the processor's"
     )
     max_requests: int | None = setting(None, MODELS, ge=1, help="Stop, resumably, after N requests to a chat server.")
-    concurrency: int = setting(8, MODELS, ge=1, le=256, help="Requests to a chat server at once.")
+    concurrency: int = setting(8, MODELS, ge=1, le=256, help="Requests to each chat server at once, at most.")
     batch_size: int = setting(32, MODELS, ge=1, help="Pictures asked at once; halved when memory runs out.")
     device: Device = setting("auto", MODELS, help="Where transformers models run.")
     dtype: Dtype = setting("auto", MODELS, help="Their precision; auto is float32 on a CPU, bfloat16 elsewhere.")
