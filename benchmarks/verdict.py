@@ -180,9 +180,10 @@ def summary(chosen: Entry | None, entries: Sequence[Entry]) -> str | None:
     """One sentence about the picked bundle."""
     if chosen is None:
         return None
-    names = {"student": "the base student has", "teacher": "the teacher"}
-    found = [(names[step], first(entries, step)) for step in names]
-    beside = " and ".join(f"{words} {percent(entry['accuracy']['value'])}" for words, entry in found if entry)
+    names = {"student": "the base student", "teacher": "the teacher"}
+    found = [(names[step], entry) for step in names if (entry := first(entries, step))]
+    parts = [f"{who} has {percent(entry['accuracy']['value'])}" for who, entry in found]
+    beside = " and ".join(part if place == 0 else part.replace(" has", "", 1) for place, part in enumerate(parts))
     said = f"It answers {percent(chosen['accuracy']['value'])} right" + (f", where {beside}" if beside else "")
     costs = [
         f"{text} {unit}"

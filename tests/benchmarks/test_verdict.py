@@ -147,3 +147,17 @@ def test_the_choice_is_told_in_words() -> None:
 def test_models_are_picked_from_where_there_is_no_bundle() -> None:
     entries = [entry("teacher", "teacher", 0.9), entry("a", "other", 0.5), entry("b", "other", 0.7)]
     assert verdict(entries, [])["pick"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (("teacher", "student"), "where the base student has 50.0% and the teacher 90.0%, at"),
+        (("teacher",), "where the teacher has 90.0%, at"),
+        (("student",), "where the base student has 50.0%, at"),
+        ((), "70.0% right, at"),
+    ],
+)
+def test_the_summary_names_who_was_measured(steps: tuple[str, ...], words: str) -> None:
+    entries = [entry(step, step, {"teacher": 0.9, "student": 0.5}[step]) for step in steps]
+    assert words in verdict([*entries, entry("q8", "full", 0.7)], [])["summary"]
