@@ -182,8 +182,10 @@ def summary(chosen: Entry | None, entries: Sequence[Entry]) -> str | None:
         return None
     names = {"student": "the base student", "teacher": "the teacher"}
     found = [(names[step], entry) for step in names if (entry := first(entries, step))]
-    parts = [f"{who} has {percent(entry['accuracy']['value'])}" for who, entry in found]
-    beside = " and ".join(part if place == 0 else part.replace(" has", "", 1) for place, part in enumerate(parts))
+    beside = " and ".join(
+        f"{who} {'has ' if place == 0 else ''}{percent(entry['accuracy']['value'])}"
+        for place, (who, entry) in enumerate(found)
+    )
     said = f"It answers {percent(chosen['accuracy']['value'])} right" + (f", where {beside}" if beside else "")
     costs = [
         f"{text} {unit}"
