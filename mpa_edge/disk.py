@@ -1,4 +1,4 @@
-"""What a disk that is full, or may not be written, is called by the many libraries that write to it."""
+"""What a disk that is full, or cannot be written, is called by the many libraries that write to it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import errno
 import os
 import re
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG)
 # Where it is no `OSError` with a number: by Rust and C, by numpy, and by SQLite.
 SAID = re.compile(rf"{re.escape(os.strerror(errno.ENOSPC))}|\d+ requested and \d+ written|^database or disk is full$")
 SAID_CLOSED = re.compile(

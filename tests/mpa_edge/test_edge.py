@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 from mpa_edge import edge
 from mpa_edge.disk import disk_trouble
+from mpa_edge.records import write_atomic
 
 WAITING = """
 import time
@@ -115,9 +117,13 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert disk_trouble(ValueError("No such file or directory (os error 2)")) is None
 
 
-def test_the_real_thing(capsys: pytest.CaptureFixture[str]) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
-    with pytest.raises(SystemExit):
-        edge.run(lambda: Path("/dev/full").write_text("x"))
-    assert "no space left on the disk" in capsys.readouterr().err
+def test_the_file_that_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(SystemExit):
+            edge.run(lambda: write_atomic(tmp_path / "part-00003.jsonl", b"x" * 2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"error: {tmp_path}/part-00003.jsonl: file too large. " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
