@@ -107,7 +107,7 @@ def render_html(report: Report, cases: Gallery, times: Mapping[str, Sequence[flo
 
 def render_markdown(report: Report) -> str:
     """Verdict and table, short enough for a comment under a pull request."""
-    verdict = report["verdict"]
+    verdict, threads = report["verdict"], report["settings"]["threads"]
     lines = [f"### {markdown(verdict['headline'])}", ""]
     if verdict["summary"]:
         lines += [markdown(verdict["summary"]), ""]
@@ -119,7 +119,7 @@ def render_markdown(report: Report) -> str:
         "",
         *(f"- {markdown(reason)}" for reason in verdict["reasons"]),
         "",
-        f"{about_questions(report)}; latency at batch 1 with {report['settings']['threads']} threads on "
+        f"{about_questions(report)}; latency at batch 1 with {threads} thread{'s' if threads != 1 else ''} on "
         f"{markdown(report['host']['cpu'] or 'an unknown CPU')}; "
         f"mpa-edge {report['tool_version']}.",
     ]
