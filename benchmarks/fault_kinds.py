@@ -137,10 +137,12 @@ def killed(this: Round) -> None:
         ended = disturbed(this.command, this.place.out, moment, fault)
         if not ended.hit:
             break
-        # At the very end there may be nothing left to stop; before its first line of ours runs, Python dies by itself.
-        codes = (*KILLS[name], *this.program.codes, *((1, -number) if moment.changes == 0 else ()))
-        early = moment.changes == 0 and ended.code in (1, -number)
-        told = Ended(-signal.SIGKILL, ended.said) if early else ended
+        # Python itself dies without a word, before its first line of ours and after the last, when all is there.
+        outside = moment.changes == 0 or this.program.results(this.place.out) == this.wanted
+        silent = outside and ended.code in (1, -number)
+        codes = (*KILLS[name], *this.program.codes, *((1, -number) if outside else ()))
+        told = Ended(-signal.SIGKILL, ended.said) if silent else ended
+        codes = (*codes, -signal.SIGKILL) if silent else codes
         this.saw(told, fault=f"{name} {moment.seconds:.2f} s after change {moment.changes}", codes=codes)
         this.code = ended.code
         this.nothing_torn()

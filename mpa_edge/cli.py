@@ -353,8 +353,8 @@ def bench(
     config = BenchConfig(bundles=tuple(map(str, bundles or ())), baselines=tuple(baseline or ()), **given(options))
     with resumable():
         path = run_bench(config)
-    lines, code = outcome(path)
-    typer.echo("\n".join([*lines, f"report: {path.with_suffix('.html')}"]))
+        lines, code = outcome(path)
+        typer.echo("\n".join([*lines, f"report: {path.with_suffix('.html')}"]))
     raise typer.Exit(code)
 
 

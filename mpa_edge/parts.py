@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,22 +110,21 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether a part is not as it was written; one without a digest beside it, of an older version, is taken as it is,
-    and so is one whose digest is damaged itself."""
-    try:
-        digest = path.with_suffix(DIGEST).read_text().partition(" ")[0]
-        return (
-            re.fullmatch("[0-9a-f]{64}", digest) is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest
-        )
-    except (OSError, ValueError):
-        return False
+    """Whether a part, or the digest beside it, is not as it was written; a part without a digest, of an older version,
+    is taken as it is."""
+    noted = path.with_suffix(DIGEST)
+    return path.exists() and noted.exists() and noted.read_bytes() != _digest_line(path.name, path.read_bytes())
 
 
 def _write_part(path: Path, rows: Sequence[Record]) -> None:
     """Write a part after its digest: whoever is killed in between leaves a part that is made again, or none."""
     content = lines_of(rows)
-    write_atomic(path.with_suffix(DIGEST), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+    write_atomic(path.with_suffix(DIGEST), _digest_line(path.name, content))
     write_atomic(path, content)
+
+
+def _digest_line(name: str, content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode()
 
 
 def open_stage(folder: Path, fingerprint: Mapping[str, Any], *, parts: int = 0) -> None:
