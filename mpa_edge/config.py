@@ -131,7 +131,7 @@ class AlignConfig(Settings):
 
     engine: Engine = setting("local", SCALE, help="Where pictures are asked about: in this process, or by Ray actors.")
     address: str | None = setting(
-        None, SCALE, help="The Ray cluster: auto, HOST:PORT or ray://HOST:PORT.", shown="a Ray of this machine alone"
+        None, SCALE, help="The Ray cluster: auto, or HOST:PORT.", shown="a Ray of this machine alone"
     )
     actors: int | None = setting(
         None, SCALE, ge=1, help="Ray actors, each with its models and a CPU core.", shown="as many as fit"

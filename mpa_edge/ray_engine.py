@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ DEATHS = 3
 # After so long without room for an actor a line says so.
 PATIENCE_SECONDS = 60.0
 LOOK_SECONDS = 0.5
+CONNECT_SECONDS = 10.0
 
 
 class Worker:
@@ -82,7 +84,7 @@ class OnRay:
         return cases
 
 
-@dataclass(frozen=True)
+@dataclass
 class Told:
     """In this process, in the place of a model that the actors hold: what it says of itself."""
 
@@ -115,12 +117,12 @@ class RayPool:
     def __init__(self, config: AlignConfig, student: str | None = None) -> None:
         self._settings = _absolute(config.to_json())
         self._student = student and str(Path(student).absolute())
+        self._actors: list[Any] = []  # all that were made, and those that wait for work
+        self._idle: list[Any] = []
+        self._told: Any = None
         self._ours = _connect(config.address)
         try:
             self._needs, self._size = _room(config)
-            self._actors: list[Any] = []  # all that were made, and those that wait for work
-            self._idle: list[Any] = []
-            self._told: Any = None
             first = self._open(Todo([None]))
             assert first is not None
             self._idle.append(first)
@@ -234,13 +236,31 @@ def _connect(address: str | None) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if address is None:
-        quiet |= {"include_dashboard": False}
     try:
-        ray.init(address or "local", **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"--address {address}: no Ray answers there ({str(error).splitlines()[0]})") from error
+        if address is None:
+            _start(quiet | {"include_dashboard": False})
+        else:
+            host, _, port = address.rpartition(":")
+            if host:
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself tries for minutes
+            ray.init(address, **quiet)
+    except Exception as error:  # Ray raises plain ones too
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        who = f"--address {address}: no Ray answers there" if address else "--engine ray: Ray does not start here"
+        raise InputError(f"{who} ({reason[:200]})") from error
     return True
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Ray waits half a minute for its processes, which is little on a machine that is busy with other things."""
+    for last in (False, False, True):
+        try:
+            ray.init("local", **options)
+            return
+        except Exception:
+            if last:
+                raise
+            ray.shutdown()
 
 
 def _room(config: AlignConfig) -> tuple[dict[str, Any], int]:
