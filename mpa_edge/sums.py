@@ -25,14 +25,21 @@ def write_sums(folder: Path, **coming: str) -> None:
 def refuse_damaged(folder: Path) -> None:
     """`RunError` for a student of which a file is not as it was written. One without digests, of an older version, is
     taken as it is."""
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return
-    for found in filter(None, (re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line) for line in lines)):
-        path = folder / found[2]
-        if not path.is_file() or sha256_of(path) != found[1]:
-            raise RunError(
-                f"{path} is not as it was written. Delete {folder}, and type its mpa-edge align command again: the "
-                f"student is trained anew from the rows that are there. (Where you changed it yourself, remove {SUMS}.)"
-            )
+    if damaged := _damaged(folder):
+        raise RunError(
+            f"{damaged} is not as it was written. Delete {folder}, and type its mpa-edge align command again: the "
+            f"student is trained anew from the rows that are there. (Where you changed it yourself, remove {SUMS}.)"
+        )
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file that is; it may be that of the digests."""
+    if not (folder / SUMS).exists():
+        return None
+    lines = (folder / SUMS).read_bytes().decode(errors="replace").splitlines()
+    for line in lines or [""]:
+        found = re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)
+        path = folder / (found[2] if found else SUMS)
+        if not found or not path.is_file() or sha256_of(path) != found[1]:
+            return path
+    return None
