@@ -157,8 +157,9 @@ def test_a_bucket(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A server that speaks S3, in a process of its own."""
     for package in ("moto.server", "s3fs"):
         pytest.importorskip(package, reason='needs a bucket: pip install s3fs "moto[server]"')
-    code = "from moto.server import ThreadedMotoServer as S; import time; s = S(port=0); s.start(); "
-    code += "print(s.get_host_and_port()[1], flush=True); time.sleep(600)"
+    code = "from moto.server import ThreadedMotoServer as Server; import time\n"
+    code += "server = Server(ip_address='127.0.0.1', port=0, verbose=False)\n"
+    code += "server.start(); print(server.get_host_and_port()[1], flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=-3, text=True) as server:
         assert server.stdout is not None
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.stdout.readline().strip()}")

@@ -47,7 +47,10 @@ def kill_one_when(sign):
     os.kill(workers[0].pid, signal.SIGKILL)
     print("killed one of", len(workers), flush=True)
 
-ray_engine._start(dict(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False))
+try:
+    ray_engine._start(dict(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False))
+except Exception as error:
+    sys.exit(f"Ray does not start: {error}" if "timed out during startup" in str(error) else error)
 config = AlignConfig(**json.loads(sys.argv[1]))
 threading.Thread(target=kill_one_when, args=(config.run / "cases/part-00001.jsonl",), daemon=True).start()
 ray_engine.DEATHS = 2
@@ -97,6 +100,8 @@ def test_dying_actors_lose_what_is_in_flight_and_the_files_are_the_local_engines
     out, undisturbed = tmp_path / "a" / "run", tmp_path / "b" / "run"
     command = [sys.executable, "-c", DRIVER, json.dumps(settings(out, DEADLY))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **PATIENT})
+    if "Ray does not start" in done.stderr:  # Ray's own limit of half a minute, three times
+        pytest.skip("this machine is too busy for Ray to start")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("killed one of ")
     assert done.stderr.count("goes to another one") == 2
