@@ -8,16 +8,17 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import fuzzed, json_of, mutated, texts
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from fuzzing import fuzzed, json_of, mutated, texts
 from mpa_edge import answers
 from mpa_edge.benchmarks.require import parse_lines
 from mpa_edge.bundle import read_bundle
@@ -46,10 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused_in_one_line(work: Callable[[], object], kind: type[MpaEdgeError]) -> None:
     """Do it; whatever it raises is an error of this kind, whose message is short."""
+    said = ""
     try:
         work()
     except kind as error:
-        assert len(str(error)) < 2000
+        said = str(error)
+    assert len(said) < 2000
 
 
 labels = [
@@ -246,8 +249,8 @@ def test_pictures_and_data_urls(data: st.DataObject) -> None:
             assert image.mode == "RGB"
             outcomes.append((image.size, image.tobytes()))
         except ImageError as error:
-            assert error.reason in ("unreadable", "truncated", "too_large", "too_small")
             outcomes.append(error.reason)
+    assert {text for text in outcomes if isinstance(text, str)} <= {"unreadable", "truncated", "too_large", "too_small"}
     assert outcomes[0] == outcomes[1]
 
 
@@ -271,13 +274,12 @@ line = st.tuples(quantities, signs, texts | numbers, st.sampled_from(["", "%", "
 @fuzzed(100)
 @given(st.lists(line, min_size=1, max_size=3).map(",".join) | texts)
 def test_requirements(text: str) -> None:
-    try:
+    def read() -> None:
         lines = parse_lines(text)
-    except InputError as error:
-        assert "--require" in str(error)
-        return
-    assert lines
-    assert all(line.value == line.value and abs(line.value) != float("inf") for line in lines)
+        assert lines
+        assert all(math.isfinite(line.value) for line in lines)
+
+    refused_in_one_line(read, InputError)
 
 
 toml_values = texts.filter(lambda text: "\ud800" not in text).map(json.dumps) | numbers | st.just("[1, [2]]")

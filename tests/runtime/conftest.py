@@ -15,6 +15,7 @@ import uvicorn
 from mpa_edge.bundle import Bundle
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.bundle_vlm import BundleVlm
+from mpa_edge.runtime.patience import Impatient
 from mpa_edge.runtime.server import create_app
 
 
@@ -28,7 +29,8 @@ def running() -> Callable[..., AbstractContextManager[tuple[str, uvicorn.Server]
 def _running(vlm: BundleVlm, **options: Any) -> Iterator[tuple[str, uvicorn.Server]]:
     """See `running`."""
     app = create_app(vlm, **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=20))
+    config = uvicorn.Config(app, port=0, http=Impatient, log_level="error", timeout_graceful_shutdown=20)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

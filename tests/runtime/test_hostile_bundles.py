@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
-from mpa_edge.bundle import Bundle, describe_file, write_bundle
+from fuzzing import fuzzed
+from mpa_edge.bundle import Bundle, PromptSettings, describe_file, write_bundle
 from mpa_edge.errors import BundleError
 from mpa_edge.runtime.prompts import Prompts, read_tokenizer
 
@@ -125,7 +125,7 @@ def small_tokenizer(tiny_idefics3: Path) -> dict[str, object]:
     return content
 
 
-@settings(derandomize=True, max_examples=60, deadline=None)
+@fuzzed(60)
 @given(st.data())
 @example(None)
 def test_a_tokenizer_of_any_content_is_read_or_refused(
@@ -140,21 +140,15 @@ def test_a_tokenizer_of_any_content_is_read_or_refused(
         place[last] = data.draw(json_values)
     path = tmp_path_factory.getbasetemp() / "tokenizer.json"
     path.write_text(json.dumps(content))
+    said = ""
     try:
-        tokenizer = read_tokenizer(path)
+        Prompts(read_tokenizer(path), _settings()).tokens("a <image> b", ["<image>"])
     except BundleError as error:
-        assert "\n" not in str(error)
-        return
-    assert isinstance(tokenizer, Tokenizer)
-    try:
-        Prompts(tokenizer, _settings()).tokens("a <image> b", ["<image>"])
-    except BundleError as error:
-        assert "\n" not in str(error)
+        said = str(error)
+    assert "\n" not in said
 
 
-def _settings() -> object:
-    from mpa_edge.bundle import PromptSettings
-
+def _settings() -> PromptSettings:
     template = "<|im_start|>User:<image>{{ messages[0].content[1].text }}<end_of_utterance>\nAssistant:"
     return PromptSettings(
         chat_template=template, image_token="<image>", stop_token_ids=(1,), max_new_tokens=8, context_length=64
