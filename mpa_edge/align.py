@@ -145,6 +145,8 @@ def help_to_train(config: AlignConfig) -> None:
     start: Path | None = None
     for number in range(1, config.rounds + 1):
         ranks.wait()  # until the main process has chosen the rows
+        if number > 1 and ranks.sharded:
+            student = _trainable(open_student(config, config.student), config)
         folder = run.round(number, config.rounds)
         level(student, read_examples(folder.parity), folder.student, config, start=start)
         start = folder.student
@@ -244,8 +246,10 @@ def _level(
     examples = read_examples(folder.parity)
     if len(examples) < MINIMUM:
         raise RunError(_too_few(result, len(examples), MINIMUM))
-    start = maker.round(number - 1).student if number > 1 else None
-    Ranks.of(config.device).wait()
+    start, ranks = maker.round(number - 1).student if number > 1 else None, Ranks.of(config.device)
+    if number > 1 and ranks.sharded:  # what training leaves of it is spread
+        student = _trainable(open_student(config, config.student), config)
+    ranks.wait()
 
     def train() -> dict[str, Any]:
         with progress(stage_name("level", number), steps_of(examples, config)) as advance:

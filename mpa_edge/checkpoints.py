@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mpa_edge.errors import RunError
+from mpa_edge.sharding import like, whole
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -51,9 +52,13 @@ def save_checkpoint(
     best: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     state: State,
+    *,
+    write: bool = True,
 ) -> None:
     """Write weights, best weights, AdamW's moments and the state in one step, straight to disk: a full fine-tuning's
-    are four times the model in float32. Raises `RunError` where the disk has no room; the old checkpoint stays."""
+    are four times the model in float32. All tensors are whole, so that any number of processes can go on from them;
+    where they are spread over several, all call this and one of them with `write`. Raises `RunError` where the disk has
+    no room; the old checkpoint stays."""
     tensors = {}
     for name, weight in weights.items():
         moments = optimizer.state[weight]
@@ -63,7 +68,11 @@ def save_checkpoint(
             ("first", moments["exp_avg"]),
             ("second", moments["exp_avg_sq"]),
         ):
-            tensors[f"{kind}/{name}"] = tensor.detach().contiguous()
+            found = whole(tensor.detach())
+            if write:
+                tensors[f"{kind}/{name}"] = found.contiguous()
+    if not write:
+        return
     temporary = folder / f".{CHECKPOINT}.{os.getpid()}.tmp"
     try:
         told = json.dumps(asdict(state))
@@ -98,12 +107,12 @@ def load_checkpoint(
             for name, weight in weights.items():
                 kinds = [file.get_tensor(f"{kind}/{name}") for kind in ("weight", "best", "first", "second")]
                 check = reduce(_check, kinds, check)
-                weight.copy_(kinds[0])
-                best[name].copy_(kinds[1])
+                weight.copy_(like(weight, kinds[0]))
+                best[name].copy_(like(best[name], kinds[1]))
                 optimizer.state[weight] = {
                     "step": torch.tensor(float(state["step"])),
-                    "exp_avg": kinds[2].to(weight.device),
-                    "exp_avg_sq": kinds[3].to(weight.device),
+                    "exp_avg": like(weight, kinds[2]),
+                    "exp_avg_sq": like(weight, kinds[3]),
                 }
         if about.get("crc32", str(check)) != str(check):
             raise ValueError("its checksum is another one")

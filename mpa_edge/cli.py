@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -83,7 +84,11 @@ def align(
             from mpa_edge.plan import plan_align
 
             typer.echo(plan_align(config).summary())
-        elif is_main():
+            return
+        from mpa_edge.launching import relaunch_if_wanted
+
+        relaunch_if_wanted(config, sys.argv[1:])
+        if is_main():
             from mpa_edge.align import align as run_align
 
             typer.echo(run_align(config).summary())

@@ -18,6 +18,7 @@ Part = Literal["language", "connector", "vision"]
 Checkpointing = Literal["auto", "on", "off"]
 SaveAs = Literal["llava", "sharegpt"]
 Engine = Literal["local", "ray"]
+Accelerate = Literal["ddp", "fsdp"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -129,6 +130,10 @@ class AlignConfig(Settings):
     accumulate: int = setting(1, TRAINING, ge=1, help="Passes per optimizer step.")
     checkpointing: Checkpointing = setting("auto", TRAINING, help="Trade time for memory (gradient checkpointing).")
 
+    accelerate: Accelerate | None = setting(
+        None, SCALE, help="Train in several processes: ddp, or fsdp, which spreads the student over them.", shown="one"
+    )
+    processes: int | None = setting(None, SCALE, ge=1, help="How many of them.", shown="as many as GPUs")
     engine: Engine = setting("local", SCALE, help="Where pictures are asked about: in this process, or by Ray actors.")
     address: str | None = setting(
         None, SCALE, help="The Ray cluster: auto, or HOST:PORT.", shown="a Ray of this machine alone"

@@ -26,6 +26,7 @@ from mpa_edge.methods import autocast, default_rate, make_trainable, refuse_untr
 from mpa_edge.parts import Advance, open_stage
 from mpa_edge.ranks import Ranks
 from mpa_edge.records import write_atomic
+from mpa_edge.sharding import kept, reshard, shard
 from mpa_edge.sums import refuse_damaged, write_sums
 from mpa_edge.trainable import count_parameters
 from mpa_edge.training_data import Example, TrainingData, in_batches, loss_and_exact, split_by_group
@@ -64,7 +65,9 @@ def level(
     trained one afterwards.
 
     A step is over `train_batch_size * accumulate` rows, however many processes share them; its loss is the mean over
-    all their target tokens. In several processes, all must call this with the same arguments.
+    all their target tokens. In several processes, all must call this with the same arguments; a training goes on from
+    its checkpoint in any number of them. A student that is spread over them answers nothing afterwards: it lies in the
+    folder.
 
     Raises `InputError` for a method that this machine lacks the means for, and `RunError` when there are too few
     examples, or too many that cannot be trained on.
@@ -124,8 +127,9 @@ class _Training:
         self._trainee = make_trainable(student, config, folder, start)
         set_checkpointing(student.model, config)
         self._weights = self._trainee.weights
-        # In main memory: a GPU has none to spare in a full fine-tuning.
-        self._best = {name: weight.detach().cpu().clone() for name, weight in self._weights.items()}
+        if ranks.sharded:
+            self._weights = shard(student.model, self._weights, offload=ranks.offload)
+        self._best = {name: kept(weight) for name, weight in self._weights.items()}
         self._optimizer = torch.optim.AdamW(self._weights.values(), lr=rate, weight_decay=0.0)
         self._steps_per_epoch = math.ceil(len(self._train) / _rows_per_step(config))
         self._state = State()
@@ -175,16 +179,32 @@ class _Training:
         self._student.model.train()
         self._optimizer.zero_grad()
         total = torch.zeros((), device=self._student.model.device)
-        for places in in_batches(self._ranks.share(rows), self._config.train_batch_size):
+        size, ranks = self._config.train_batch_size, self._ranks
+        mine = list(in_batches(ranks.share(rows), size))
+        # A spread student's gradients are summed already, and divided by the number of processes.
+        scale = (ranks.count if ranks.sharded else 1) / tokens
+        for places, counts in self._together(mine, math.ceil(math.ceil(len(rows) / ranks.count) / size), rows[:1]):
             loss, _ = self._loss_and_exact(places)
-            (loss / tokens).backward()
-            total += loss.detach()
+            (loss * (counts * scale)).backward()
+            total += counts * loss.detach()
         # A weight that no output depends on has no gradient: towers may have layers whose output is not used.
         gradients = [weight.grad if weight.grad is not None else weight * 0 for weight in self._weights.values()]
-        total, *gradients = self._ranks.sum([total, *gradients])
+        if ranks.sharded:
+            total = ranks.sum([total])[0]
+        else:
+            total, *gradients = ranks.sum([total, *gradients])
         for weight, gradient in zip(self._weights.values(), gradients, strict=True):
             weight.grad = gradient.detach()
         return float(total)
+
+    def _together(
+        self, mine: Sequence[Sequence[int]], passes: int, other: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], int]]:
+        """This process's batches, which count. Of a spread student all processes must make as many passes: those that
+        have fewer batches make the rest with another one, which does not count."""
+        yield from ((places, 1) for places in mine)
+        if self._ranks.sharded:
+            yield from ((other, 0) for _ in range(passes - len(mine)))
 
     def _loss_and_exact(self, places: Sequence[int]) -> tuple[torch.Tensor, int]:
         inputs, labels = self._data.batch(places)
@@ -215,9 +235,11 @@ class _Training:
     def _evaluate(self) -> dict[str, float]:
         self._student.model.eval()
         loss, exact = 0.0, 0
-        for places in self._ranks.share(list(in_batches(self._held, self._config.train_batch_size))):
+        batches = list(in_batches(self._held, self._config.train_batch_size))
+        passes = math.ceil(len(batches) / self._ranks.count)
+        for places, counts in self._together(self._ranks.share(batches), passes, batches[0]):
             batch_loss, batch_exact = self._loss_and_exact(places)
-            loss, exact = loss + batch_loss.item(), exact + batch_exact
+            loss, exact = loss + counts * batch_loss.item(), exact + counts * batch_exact
         if self._ranks.count > 1:
             device = self._student.model.device
             loss, exact = (
@@ -227,17 +249,22 @@ class _Training:
         return {"holdout_loss": loss / self._data.target_tokens(self._held), "holdout_exact": exact / len(self._held)}
 
     def _save_checkpoint(self) -> None:
-        if self._ranks.number == 0:
-            save_checkpoint(self._folder, self._weights, self._best, self._optimizer, self._state)
+        write = self._ranks.number == 0
+        if write or self._ranks.sharded:
+            save_checkpoint(self._folder, self._weights, self._best, self._optimizer, self._state, write=write)
 
     def _finish(self) -> None:
+        if self._ranks.sharded:
+            reshard(self._student.model)
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(self._best[name])
         counted = count_parameters(self._student.model)
         self._trainee.close()
-        if self._ranks.number == 0:
-            self._trainee.save(self._folder)
+        write = self._ranks.number == 0
+        if write or self._ranks.sharded:
+            self._trainee.save(self._folder, write=write)
+        if write:
             metrics = json.dumps(self._metrics(counted), indent=2) + "\n"
             write_sums(self._folder, **{METRICS: metrics})
             # Last: a folder with metrics is a finished one.

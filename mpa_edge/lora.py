@@ -16,6 +16,7 @@ from torch import nn
 
 from mpa_edge.config import AlignConfig
 from mpa_edge.records import write_atomic
+from mpa_edge.sharding import whole
 from mpa_edge.trainable import Anatomy
 
 
@@ -44,11 +45,13 @@ class Adapter:
     def close(self) -> None:
         """See `Trainee`."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, write: bool = True) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json` as peft reads them."""
         # The vocabulary is never changed here; peft would look for the base model to find out.
         found = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in found.items()}
+        if not write:
+            return
         write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
         settings = self._peft.peft_config["default"]
         settings.inference_mode = True

@@ -1,8 +1,9 @@
 """The processes that share a training, as `accelerate launch` or `torchrun` starts them; usually this one alone.
 
 The main process does everything but the training's steps by itself: it asks the models and writes the files, which the
-others must be able to read. Gradients are summed with accelerate. Each process takes its share of every step's rows,
-so the result does not depend on the number of processes, up to rounding.
+others must be able to read. Each process takes its share of every step's rows and gradients are summed, so the result
+does not depend on the number of processes, up to rounding. Either each has the whole student (DDP), or each a share of
+it (FSDP, `mpa_edge.sharding`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
+
+from mpa_edge.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -21,6 +24,11 @@ PATIENCE = timedelta(days=30)
 def launched() -> int:
     """How many processes share this run; imports nothing heavy."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_sharded() -> bool:
+    """Whether the processes were started to hold a share of the student each (FSDP), and not all of it (DDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def is_main() -> bool:
@@ -36,10 +44,16 @@ class Ranks:
         self._state: Any = None
         self.count, self.number = 1, 0
         if launched() > 1:
+            if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+                raise InputError(
+                    "DeepSpeed cannot train here; --accelerate fsdp spreads the student as its ZeRO-3 does"
+                )
             from accelerate import PartialState
 
             self._state = PartialState(cpu=cpu, timeout=PATIENCE)
             self.count, self.number = self._state.num_processes, self._state.process_index
+        self.sharded = self.count > 1 and is_sharded()
+        self.offload = self.sharded and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
 
     @classmethod
     def of(cls, device: str) -> Ranks:

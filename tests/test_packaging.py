@@ -41,7 +41,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_what_the_folders_hold(wheel: Path) -> None:
     """All but the recorded figures in benchmarks/results, which are the project's and not the package's."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    kept = {".py", ".j2", ".html", ".json", ".typed", ".safetensors", ".jinja", ".md", ".log"}
+    kept = {".py", ".j2", ".html", ".json", ".yaml", ".typed", ".safetensors", ".jinja", ".md", ".log"}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in kept and not {"__pycache__", "results"} & set(path.parts):
