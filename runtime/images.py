@@ -84,8 +84,11 @@ def _undecoded(source: Source) -> Image.Image:
         file: IO[bytes] | str | os.PathLike[str] = io.BytesIO(source)
     elif _is_data_url(source):
         file = io.BytesIO(_data_of(str(source)))
-    else:
+    elif isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
         file = source
+    else:
+        kind = type(source).__name__
+        raise ValueError(f"{kind} is no picture: give a path, a data URL, bytes, a PIL image or an array")
     return Image.open(file, formats=FORMATS)
 
 

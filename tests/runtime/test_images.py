@@ -136,6 +136,8 @@ def test_text_named_png_missing_file_folder_and_rubbish(tmp_path: Path) -> None:
     assert reason(tmp_path) == "unreadable"
     assert reason(b"") == "unreadable"
     assert reason(np.zeros((3, 3), np.float64)) == "unreadable"
+    with pytest.raises(ImageError, match="NoneType is no picture: give a path, a data URL"):
+        open_image(None)  # type: ignore[arg-type]
 
 
 def test_postscript_is_not_opened() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,37 +128,6 @@ def test_features_must_match_the_image_tokens(full: BundleVlm, picture: Callable
 def test_a_kept_picture_gives_the_very_same_answers(tiled: Pair, check_kept_pictures: Callable[..., None]) -> None:
     with tiled.open("f16") as vlm:
         check_kept_pictures(vlm, QUESTION)
-
-
-def test_memory_does_not_grow(tiled: Pair, picture: Callable[..., Any]) -> None:
-    images = [picture(60 + index, 60, seed=index) for index in range(5)]
-    with tiled.open("f16") as vlm:
-
-        def ask(times: int) -> int:
-            for index in range(times):
-                vlm.answer([images[index % 5]], [QUESTION], Decoding(max_new_tokens=2))
-            gc.collect()
-            return resident()
-
-        ask(30)
-        before = ask(20)
-        after = ask(200)
-    # One tile's features are 4 kB: 200 leaked questions of two tiles would show.
-    assert after - before < 1_000_000
-
-
-def test_memory_comes_back_on_close(tiled: Pair) -> None:
-    for _ in range(3):
-        tiled.open("f16").close()
-    before = resident()
-    for _ in range(10):
-        tiled.open("f16").close()
-    assert resident() - before < 20_000_000
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_nothing_is_written_to_the_terminal(
