@@ -52,14 +52,8 @@ def costs_alone(entries: Sequence[Entry]) -> dict[str, Any]:
     """What can be said of variants that nobody asked for accuracy: nothing about deploying them."""
     timed = [entry for entry in entries if entry["latency_ms"]["total"]["p50"]]
     weighed = [entry for entry in timed if entry["peak_memory_mb"]]
-    said = []
-    if timed:
-        fastest = min(timed, key=lambda entry: float(entry["latency_ms"]["total"]["p50"]))
-        took = milliseconds(fastest["latency_ms"]["total"]["p50"])
-        said.append(f"{fastest['name']} is the fastest, at {took} per answer")
-    if weighed:
-        lightest = min(weighed, key=lambda entry: float(entry["peak_memory_mb"]))
-        said.append(f"{lightest['name']} takes the least memory, {size(lightest['peak_memory_mb'])}")
+    fastest = min(timed, key=lambda entry: float(entry["latency_ms"]["total"]["p50"]), default=None)
+    lightest = min(weighed, key=lambda entry: float(entry["peak_memory_mb"]), default=None)
     told = [
         disturbance(entries),
         *(f"{entry['name']} failed: {entry['failed']}." for entry in entries if entry["failed"]),
@@ -68,10 +62,24 @@ def costs_alone(entries: Sequence[Entry]) -> dict[str, Any]:
         "pick": None,
         "decision": "none",
         "headline": "Costs alone: nothing was asked for accuracy",
-        "summary": f"{'; '.join(said)}." if said else None,
+        "summary": cheapest(fastest, lightest, len(timed)),
         "why": None,
         "reasons": [sentence for sentence in told if sentence],
     }
+
+
+def cheapest(fastest: Entry | None, lightest: Entry | None, count: int) -> str | None:
+    """Which of so many variants is the fastest, and which takes the least memory."""
+    if fastest is None:
+        return None
+    name, took = fastest["name"], f"{milliseconds(fastest['latency_ms']['total']['p50'])} per answer"
+    if lightest is None:
+        return f"{name} is the fastest, at {took}."
+    memory = size(lightest["peak_memory_mb"])
+    if count == 1:
+        return f"{name} takes {took} and {memory} of memory."
+    who = "" if lightest is fastest else f"{lightest['name']} "
+    return f"{name} is the fastest, at {took}, and {who}takes the least memory, {memory}."
 
 
 def candidates(entries: Sequence[Entry]) -> list[Entry]:

@@ -161,3 +161,22 @@ def test_models_are_picked_from_where_there_is_no_bundle() -> None:
 def test_the_summary_names_who_was_measured(steps: tuple[str, ...], words: str) -> None:
     entries = [entry(step, step, {"teacher": 0.9, "student": 0.5}[step]) for step in steps]
     assert words in verdict([*entries, entry("q8", "full", 0.7)], [])["summary"]
+
+
+def test_costs_alone_name_the_fastest_and_the_lightest() -> None:
+    def costs(*found: tuple[str, float, float | None]) -> str | None:
+        entries = [
+            {**entry(name, "full", None, p50=p50), "peak_memory_mb": mb, "failed": None} for name, p50, mb in found
+        ]
+        told: str | None = verdict(entries, [], data={"n": 0})["summary"]
+        return told
+
+    assert costs(("q8", 10, 200), ("q4", 20, 100)) == (
+        "q8 is the fastest, at 10.0 ms per answer, and q4 takes the least memory, 100 MB."
+    )
+    assert costs(("q8", 10, 100), ("q4", 20, 200)) == (
+        "q8 is the fastest, at 10.0 ms per answer, and takes the least memory, 100 MB."
+    )
+    assert costs(("q8", 10, 100)) == "q8 takes 10.0 ms per answer and 100 MB of memory."
+    assert costs(("server", 10, None), ("other", 20, None)) == "server is the fastest, at 10.0 ms per answer."
+    assert costs() is None
