@@ -195,7 +195,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for name in (f"{row['kind']} {row['program']}", "all"):
             counts.setdefault(name, Counter())
             wrong = bool(row["problems"])
-            counts[name].update(rounds=1, faults=row["faults"], wrong=wrong, mended=bool(row.get("before")) - wrong)
+            counts[name].update(
+                rounds=1, faults=row["faults"], wrong=wrong, mended=bool(row.get("before")) and not wrong
+            )
     return {name: dict(counts[name]) for name in sorted(counts)}
 
 
