@@ -291,4 +291,4 @@ def _plain(error: MpaEdgeError) -> MpaEdgeError:
 def _short(error: Exception) -> str:
     """How an actor ended, without the ids and the advice around it."""
     detail = re.search(r"exit detail: (.*?)\. ", f"{error} ") or re.match(r"(.*)", str(error))
-    return detail[1][:200] if detail else type(error).__name__
+    return re.sub(r"[0-9a-f]{16,} ", "", detail[1])[:100] if detail else type(error).__name__
