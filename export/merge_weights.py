@@ -17,13 +17,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mpa_edge.errors import ExportError
+from mpa_edge.pickles import refuse_pickles
 
 # The 16 bit types by the names that safetensors has for them.
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; `ExportError` when there are none."""
+    """The safetensors files of a checkpoint; `ExportError` when there are none, `ModelError` when there are pickles."""
+    refuse_pickles(folder)
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():

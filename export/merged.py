@@ -83,7 +83,12 @@ def _plain_model(folder: Path, out: Path | None) -> Merged:
     return Merged(
         folder=folder,
         root=root_of(folder, out),
-        provenance=Source(student=name, base_sha256=digest_of_folder(folder), tool_version=__version__),
+        provenance=Source(
+            student=name,
+            revision=_revision(folder),
+            base_sha256=digest_of_folder(folder),
+            tool_version=__version__,
+        ),
         names=Names(base=name),
         checks={"source": "base", **check_files(folder)},
     )
@@ -107,6 +112,7 @@ def _merged_run(run: Path, out: Path | None, progress: Progress) -> Merged:
         provenance=Source(
             student=base,
             teacher=_model_name(config["teacher"]) if config.get("teacher") else None,
+            revision=_revision(base_folder(student)),
             task=task.name if task else None,
             metric=task.metric if task else None,
             run=run.resolve().name,
@@ -146,6 +152,13 @@ def _merge_once(run: Path, student: Path, longest_edge: int | None, progress: Pr
         content = {"inputs": inputs, "output": digest_of_folder(folder), "checks": checks, "tool_version": __version__}
         write_atomic(record, json.dumps(content, indent=2) + "\n")
     return folder, {**checks, "base_sha256": inputs["base"]}
+
+
+def _revision(folder: Path) -> str | None:
+    """The commit of a hub model: the hub's cache keeps each in `snapshots/COMMIT`. None for any other folder, of which
+    the digest says what it is."""
+    folder = folder.resolve()
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _model_name(spec: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,18 @@ PRIVATE = [
     "::",
     "::1",
 ]
-PRIVATE += ["fe80::1", "fd00::1", "224.0.0.1", "255.255.255.255", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"]
+PRIVATE += [
+    "::127.0.0.1",
+    "64:ff9b:1::a00:1",
+    "fec0::1",
+    "fe80::1",
+    "fd00::1",
+    "224.0.0.1",
+    "255.255.255.255",
+    "::ffff:127.0.0.1",
+    "64:ff9b::a00:1",
+    "2002:a00:1::",
+]
 
 
 @pytest.mark.parametrize("address", PUBLIC + PRIVATE)
@@ -99,7 +111,7 @@ def test_a_picture_comes_from_the_address_that_was_checked_under_its_own_name(we
 )
 def test_what_is_wrong_is_said(web: str, path: str, why: str) -> None:
     with pytest.raises(InputError, match=why):
-        get(f"{web}{path}", max_bytes=5_000, seconds=0.5)
+        get(f"{web}{path}", max_bytes=5_000, seconds=0.5 if path == "/slow" else 60)
 
 
 @pytest.mark.parametrize("url", ["ftp://localhost/x", "http://", "http://user:word@localhost/", "javascript:1", ""])
@@ -112,6 +124,31 @@ def test_only_plain_web_addresses_are_taken(url: str) -> None:
 def test_what_cannot_be_reached_is_said(url: str) -> None:
     with pytest.raises(InputError, match="cannot be fetched"):
         get(url)
+
+
+def test_a_name_that_changes_its_mind_between_check_and_connection_gains_nothing(
+    web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DNS rebinding: the first answer is harmless, all later ones are an address inside."""
+    asked = []
+
+    def resolve(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        address = "127.0.0.1" if len(asked) == 1 else "10.0.0.1"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    port = web.rsplit(":", 1)[1]
+    assert get(f"http://rebinding.example:{port}/picture") == f"picture of rebinding.example:{port}".encode()
+    assert asked[0] == "rebinding.example"
+    assert "rebinding.example" not in asked[1:]
+
+
+def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(InputError, match="not a public one"):
+        asyncio.run(fetch("http://both.example/"))
 
 
 def test_by_default_this_machine_is_out_of_reach(web: str) -> None:

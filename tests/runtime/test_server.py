@@ -184,6 +184,7 @@ BAD = {
     "no json": (b"{", 400, "Invalid JSON"),
     "nested": (b"[" * 100_000, 400, "JSON"),
     "not utf-8": (b'{"messages": "\xff"}', 400, "JSON"),
+    "countless": (b'{"messages": [' + b"{}," * 300_000 + b"{}]}", 400, "items"),
     "no messages": ({}, 400, "messages"),
     "empty": ({"messages": []}, 400, "messages"),
     "role": ({"messages": [{"role": "pirate", "content": "x"}]}, 400, "role"),
@@ -235,6 +236,22 @@ def test_too_much_is_refused_before_it_is_read(address: str) -> None:
     headers = {"content-type": "application/json"}
     chunks = (b" " * 1_000_000 for _ in range(34))  # without a length
     assert web.post(f"{address}/v1/chat/completions", content=chunks, headers=headers).status_code == 413
+
+
+def test_a_client_that_does_not_say_what_it_wants_is_sent_away(
+    vlm: BundleVlm, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpa_edge.runtime.patience.HEAD_SECONDS", 0.3)
+    with running(vlm) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        for begun in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                connection.sendall(begun)
+                assert connection.recv(100) == b""
+        with httpx.Client() as client:  # one that asks at once may take its time between two requests
+            for _ in range(2):
+                assert client.get(f"{url}/health").status_code == 200
+                time.sleep(0.4)
 
 
 def test_pages_from_elsewhere_cannot_ask(address: str) -> None:
