@@ -6,15 +6,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types env clean
+.PHONY: demo test test-oldest lint types env clean
 
 demo: env
 	$(BIN)/mpa-edge demo
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The lower bounds of pyproject.toml, in an environment of their own; whatever they need is the newest that fits.
+test-oldest:
+	test -x $(OLDEST)/bin/uv || { $(PYTHON) -m venv $(OLDEST) && $(OLDEST)/bin/pip install --quiet uv; }
+	rm -f $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/uv pip compile --quiet --extra dev --resolution lowest-direct --python $(OLDEST)/bin/python \
+		--output-file $(OLDEST)/oldest.txt pyproject.toml
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --requirement $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --no-deps --editable .
+	$(OLDEST)/bin/python -m pytest $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .
