@@ -89,7 +89,7 @@ def files(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in out.rglob("*")
-        if path.is_file() and path.name not in ("run.json", ".lock") and "scan" not in path.name
+        if path.is_file() and path.name not in ("run.json", "log.jsonl", ".lock") and "scan" not in path.name
     }
 
 
