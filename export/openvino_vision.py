@@ -91,7 +91,7 @@ class QwenMerger(torch.nn.Module):
         hidden = hidden[None]
         for layer, block in enumerate(self.blocks):
             seen = mask if layer in self.full else window_mask
-            hidden = hidden + attend(block.attn, block.norm1(hidden), cos, sin, seen[None])
+            hidden = hidden + attend(block.attn, block.norm1(hidden), cos, sin, seen[None], _fused)
             hidden = hidden + block.mlp(block.norm2(hidden))
         features: torch.Tensor = self.merger(hidden[0])
         return features
@@ -170,6 +170,13 @@ def _position_embeddings(tower: Any, config: Any) -> torch.Tensor:
     )
     hook.remove()
     return seen[0].detach()
+
+
+def _fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention as the one operator that OpenVINO has for it."""
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _tiles(module: torch.nn.Module, model: Any) -> dict[str, Part]:
