@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from PIL import Image
@@ -81,8 +81,7 @@ class Guesser(FakeVlm):
 
 
 def _corner(image: Image.Image) -> tuple[int, int, int]:
-    found: Any = image.getpixel((0, 0))
-    return found
+    return cast("tuple[int, int, int]", image.getpixel((0, 0)))
 
 
 @app.command()

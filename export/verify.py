@@ -60,7 +60,8 @@ def ask_reference(
     answers = model.answer([q.image for q in questions], [q.prompt for q in questions], decoding)
     if failed := [answer for answer in answers if answer.error]:
         raise ExportError(f"the merged model does not answer: {failed[0].error}")
-    tokens, pixels, logits = [], [], []
+    tokens, pixels = [], []
+    logits: list[np.ndarray[Any, Any]] = []
     for question in questions:
         inputs = model.encode([question.image], [question.prompt])
         tokens.append(inputs["input_ids"][0].tolist())
@@ -118,8 +119,8 @@ def _last_logits(model: TransformersVlm, inputs: Any) -> np.ndarray[Any, Any]:
 
 def _digest(values: np.ndarray[Any, Any]) -> str:
     """Equal for equal arrays: the pixels of one picture are 50 MB where a model sees it in many tiles."""
-    same = values.astype(np.int64 if values.dtype.kind == "i" else np.float32) + 0  # -0.0 equals 0.0
-    return f"{same.shape} {sha256(same).hexdigest()}"
+    same = np.ascontiguousarray(values, np.int64 if values.dtype.kind == "i" else np.float32) + 0  # -0.0 equals 0.0
+    return f"{same.shape} {sha256(same.data).hexdigest()}"
 
 
 def _check_inputs(bundle: BundleVlm, reference: Reference) -> None:

@@ -125,4 +125,4 @@ def load_checkpoint(
 
 def _check(before: int, tensor: torch.Tensor) -> int:
     """The checksum of all tensors up to this one; safetensors has none."""
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy(), before)
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data, before)

@@ -117,7 +117,7 @@ def _scan_files(
     by_name = _chosen_by_name(source)
     for files in index.wanted():
         slices = [files[start : start + SLICE] for start in range(0, len(files), SLICE)]
-        for checks in pool.map(lambda part: [_check(*file, min_edge, by_name) for file in part], slices):
+        for checks in pool.map(lambda part: [_check(key, known, min_edge, by_name) for key, known in part], slices):
             index.put(check for check in checks if check is not None)
             done += len(checks)
             if progress:
@@ -238,7 +238,8 @@ def _checked_rows(
     rows = enumerate(table.rows([column]))
     done, usable = 0, set[bytes]()
     while batch := list(islice(rows, ROWS)):
-        for check, data in pool.map(lambda row: _check_row(row[0], *row[1][:2], row[1][2][column], min_edge), batch):
+        checks = pool.map(lambda row: _check_row(row[0], row[1][0], row[1][1], row[1][2][column], min_edge), batch)
+        for check, data in checks:
             done += 1
             if check.stored:
                 keep(store / check.stored, data)

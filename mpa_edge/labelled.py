@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mpa_edge.datasets import MAX_BYTES, Skipped, counts_by_reason
+from mpa_edge.datasets import MAX_BYTES, counts_by_reason
 from mpa_edge.errors import ImageError, InputError
 from mpa_edge.label_formats import Row, entries_of, read_json, table_columns, table_row
 from mpa_edge.records import Record
+from mpa_edge.scan_index import Skipped
 from mpa_edge.tables import Table, keep, name_of, open_table, picture_bytes
 
 

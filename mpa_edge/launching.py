@@ -49,4 +49,4 @@ def _gpus(config: AlignConfig) -> int:
 
 def _become(command: Sequence[str]) -> NoReturn:
     sys.stderr.flush()
-    os.execv(command[0], command)
+    os.execv(command[0], list(command))

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from mpa_edge.align import meet, open_models
+from mpa_edge.align import meet
 from mpa_edge.amounts import Range, spoken_bytes, spoken_seconds
 from mpa_edge.annotate import Annotator
 from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import scan_images, table_named
 from mpa_edge.errors import MpaEdgeError
 from mpa_edge.identify import Identifier, Reidentifier
+from mpa_edge.opening import open_models
 from mpa_edge.overlap import split_shared
 from mpa_edge.progress import counting
 from mpa_edge.records import Annotation, Case, Record, Sample, write_rows

@@ -119,7 +119,7 @@ class RayPool:
         self._student = student and str(Path(student).absolute())
         self._actors: list[Any] = []  # all that were made, and those that wait for work
         self._idle: list[Any] = []
-        self._told: Any = None
+        self._told: dict[str, tuple[str, str, dict[str, Any]]] = {}
         self._ours = _connect(config.address)
         try:
             self._needs, self._size = _room(config)
@@ -129,7 +129,7 @@ class RayPool:
         except BaseException:
             self.close()
             raise
-        self.models = {side: Told(*told, pool=self) for side, told in self._told.items()}
+        self.models = {side: Told(*told, self) for side, told in self._told.items()}
 
     def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Iterator[Part]:
         """As `Engine.each`: as many parts at once as there are actors."""
@@ -187,7 +187,8 @@ class RayPool:
                 return None
             with suppress(IndexError):
                 return self._idle.pop()
-            actor = ray.remote(Worker).options(**self._needs).remote()
+            remote: Any = ray.remote(Worker)
+            actor = remote.options(**self._needs).remote()
             self._actors.append(actor)
             try:
                 told = _result(actor.open.remote(self._settings, self._student), todo)
@@ -265,7 +266,7 @@ def _start(options: dict[str, Any]) -> None:
 
 def _room(config: AlignConfig) -> tuple[dict[str, Any], int]:
     """What one actor needs, as Ray's options, and how many of them there are."""
-    has = ray.cluster_resources()
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = int(has.get("CPU", 1)), int(has.get("GPU", 0))
     each = config.gpus_per_actor if config.gpus_per_actor is not None else float(gpus > 0)
     if each > gpus and config.actors is None:

@@ -49,17 +49,21 @@ class Skipped(Record):
     detail: str = ""
 
 
+# The type, under a name that no field has.
+Bytes = bytes
+
+
 @dataclass(frozen=True)
 class Check:
     """What a scan found out about one file, and how to see that the file is still the same; or about one row of a
     table, whose picture is then the file `stored` in the store. `path` is for people, `sha256` empty where the bytes
     could not be read."""
 
-    key: bytes
+    key: Bytes
     path: str
     bytes: int = 0
     mtime_ns: int = 0
-    sha256: bytes = b""
+    sha256: Bytes = b""
     reason: str | None = None
     detail: str = ""
     stored: str = ""

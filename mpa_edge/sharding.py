@@ -41,8 +41,9 @@ def shard(model: nn.Module, weights: Mapping[str, nn.Parameter], *, offload: boo
 def reshard(model: nn.Module) -> None:
     """Let go of the weights that a forward pass has left together, so that the model's are the shares again."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        again: Any = getattr(module, "reshard", None)
+        if again:
+            again()
 
 
 def is_spread(tensor: torch.Tensor) -> bool:

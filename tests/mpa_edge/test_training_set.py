@@ -82,7 +82,11 @@ def make(photos: Path | str, out: Path, teacher: FakeVlm | None = None, **settin
 
 def files(out: Path) -> dict[str, bytes]:
     """All but the lock and run.json, which holds times."""
-    ours = (path for path in out.rglob("*") if path.is_file() and path.name not in (".lock", ".scan.sqlite", "log.jsonl", "run.json"))
+    ours = (
+        path
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in (".lock", ".scan.sqlite", "log.jsonl", "run.json")
+    )
     return {str(path.relative_to(out)): path.read_bytes() for path in ours}
 
 
