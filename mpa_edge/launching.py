@@ -25,6 +25,8 @@ CONFIGS = Path(__file__).parent / "accelerate_configs"
 def relaunch_if_wanted(config: AlignConfig, arguments: Sequence[str]) -> None:
     """Become the launcher of several processes with the same arguments, where `--accelerate` asks for it and this is
     none of them. Returns otherwise. `InputError` where it is not said how many, and the machine does not tell."""
+    if config.processes and config.accelerate is None:
+        raise InputError("--processes goes with --accelerate ddp or --accelerate fsdp")
     if config.accelerate is None or launched() > 1:
         return
     require("align", ("torch", "accelerate"))

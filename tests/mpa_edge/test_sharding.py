@@ -112,6 +112,8 @@ def test_what_cannot_be_shared_is_refused_in_words(monkeypatch: pytest.MonkeyPat
         relaunch_if_wanted(config, [])
     relaunch_if_wanted(config.model_copy(update={"processes": 1}), [])  # this one is enough
     relaunch_if_wanted(AlignConfig(student="x", **SETTINGS), [])
+    with pytest.raises(InputError, match="--processes goes with --accelerate"):
+        relaunch_if_wanted(AlignConfig(student="x", processes=2, **SETTINGS), [])
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(WAYS)
     monkeypatch.setenv("WORLD_SIZE", "2")
     relaunch_if_wanted(config, [])  # a process that was started so
