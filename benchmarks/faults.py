@@ -194,9 +194,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         for name in (f"{row['kind']} {row['program']}", "all"):
             counts.setdefault(name, Counter())
-            wrong = bool(row["problems"])
+            wrong = int(bool(row["problems"]))
             counts[name].update(
-                rounds=1, faults=row["faults"], wrong=wrong, mended=bool(row.get("before")) and not wrong
+                rounds=1, faults=row["faults"], wrong=wrong, mended=int(bool(row.get("before")) and not wrong)
             )
     return {name: dict(counts[name]) for name in sorted(counts)}
 

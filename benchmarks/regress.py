@@ -60,7 +60,8 @@ def regressions(before: Earlier, report: dict[str, Any], rows: Rows, seed: int) 
         if name not in entries:
             gone.append(name)
         elif not entry["failed"]:
-            changes += changes_of(entry, entries[name], pair_of(before.rows, name), pair_of(rows, name), seed)
+            pairs = pair_of(before.rows, name), pair_of(rows, name)
+            changes += changes_of(entry, entries[name], *pairs, seed, other_mode(old, report))
     obstacle = why_no_times(old, report)
     if obstacle:
         changes = [one for one in changes if one["quantity"] not in ("time", "memory")]
@@ -83,13 +84,15 @@ def pair_of(rows: Rows, name: str) -> dict[str, dict[tuple[Any, ...], dict[str, 
     return found
 
 
-def changes_of(old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: int) -> list[dict[str, Any]]:
-    """What changed in a variant."""
+def changes_of(
+    old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, seed: int, mode: str | None = None
+) -> list[dict[str, Any]]:
+    """What changed in a variant. In another power `mode` other times are no regression."""
     if new["failed"]:
         return [change(new, "failed", None, None, note=new["failed"], regression=True)]
     found: list[dict[str, Any] | None] = [accuracy_change(old, new, a["accuracy"], b["accuracy"], seed)]
     busy = next((why for entry in (old, new) if (why := disturbed(entry))), None)
-    found.append(time_change(old, new, a["latency"], b["latency"], seed, busy))
+    found.append(time_change(old, new, a["latency"], b["latency"], seed, mode or busy))
     for quantity, key, most in (("size", "size_mb", LARGER_FROM), ("memory", "peak_memory_mb", HEAVIER_FROM)):
         if old[key] and new[key]:
             worse = new[key] > most * old[key]

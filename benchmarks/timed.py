@@ -46,21 +46,26 @@ def timed_part(
 ) -> dict[str, Any]:
     """Time the model, unless what was measured before still serves; returns what goes into measured.json.
 
-    A series that other work disturbed is taken again, and the less disturbed of the two is kept.
+    A series that other work disturbed is taken again, and the less disturbed of the two is kept. Answers of one length
+    are timed after it, and again where it is.
     """
-    timed = asks(job.latency)
-    there = before is not None and are_timed(folder, job)
+    there = before is not None and is_timed(folder, job)
     if before and there and (job.keep_timings or not is_disturbed(before)):
+        if not is_length_timed(folder, job):
+            warm_up(vlm, asks(job.warm_up), decoding)
+            time_length(vlm, job, folder, say)
         return {key: before.get(key) for key in KEPT}
     others, start = watch_others(), conditions()
     cold = warm_up(vlm, asks(job.warm_up), decoding)
     here = vlm.engine != "chat"  # what a chat server takes, its own machine knows
     energy = measure_energy(on_gpu=device_of(vlm) not in (None, "cpu")) if here else lambda: None
-    rows = measure_latency(vlm, timed, decoding, say)
+    rows = measure_latency(vlm, asks(job.latency), decoding, say)
+    joules = energy()
+    time_length(vlm, job, folder, say)
     about = {
         "load_ms": None,
         "first_answer_ms": cold,
-        "energy": energy(),
+        "energy": joules,
         "busy": others(),
         "conditions": during(start, conditions()),
         "peak_memory_bytes": peak_memory_bytes() if here else None,
@@ -71,24 +76,37 @@ def timed_part(
         about = {key: before.get(key) for key in KEPT}
     else:
         write_atomic(folder / LATENCY, lines_of(rows))
-    if job.fixed_length and takes_length(job.spec) and not fixed_rows(folder, job):
-        with endless(vlm):
-            rows = measure_latency(vlm, timed, Decoding(max_new_tokens=job.fixed_length), say, "fixed")
-        write_atomic(folder / FIXED, lines_of(rows))
     return about
 
 
+def time_length(vlm: Vlm, job: Job, folder: Path, say: Say) -> None:
+    """Time answers of one length, where the job has one and the model can be held to it."""
+    if job.fixed_length and takes_length(job.spec):
+        with endless(vlm):
+            rows = measure_latency(vlm, asks(job.latency), Decoding(max_new_tokens=job.fixed_length), say, "fixed")
+        write_atomic(folder / FIXED, lines_of(rows))
+
+
 def are_timed(folder: Path, job: Job) -> bool:
-    """Whether the job's series lie there, in this order."""
-    wanted = [ask["key"] for ask in job.latency]
-    fixed = not job.fixed_length or not takes_length(job.spec) or [row.key for row in fixed_rows(folder, job)] == wanted
-    return fixed and [row.key for row in whole_rows(folder / LATENCY)] == wanted
+    """Whether all of the job's series lie there."""
+    return is_timed(folder, job) and is_length_timed(folder, job)
+
+
+def is_timed(folder: Path, job: Job) -> bool:
+    """Whether the job's natural series lies there, in this order."""
+    return [row.key for row in whole_rows(folder / LATENCY)] == [ask["key"] for ask in job.latency]
+
+
+def is_length_timed(folder: Path, job: Job) -> bool:
+    """Whether the series of one length lies there, or none is wanted."""
+    return not job.fixed_length or not takes_length(job.spec) or bool(fixed_rows(folder, job))
 
 
 def fixed_rows(folder: Path, job: Job) -> list[Row]:
-    """The rows of the series of one length; none where they have another length."""
+    """The rows of the series of one length; none where they have another length, or are about other pictures."""
     rows = whole_rows(folder / FIXED)
-    return rows if {row.n_tokens for row in rows} <= {job.fixed_length, 0} else []
+    same = [row.key for row in rows] == [ask["key"] for ask in job.latency]
+    return rows if same and {row.n_tokens for row in rows} <= {job.fixed_length, 0} else []
 
 
 def is_disturbed(about: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +27,13 @@ def export_apart(module: str, merged: Path, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "mpa_edge.export.apart", module, str(merged), str(folder)]
     # Nothing is written to its input: it tells the other process that this one is gone, however that came.
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a group of processes that can be ended together
     ) as process:
         assert process.stdout is not None
         said = deque((line.strip() for line in process.stdout if line.strip()), maxlen=1)
@@ -54,7 +61,10 @@ def _error(name: str, message: str) -> MpaEdgeError:
 
 
 def _end_with_parent() -> None:
+    """End as soon as nobody waits any more, and what was started from here with it."""
     sys.stdin.read()
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 

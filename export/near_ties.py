@@ -18,13 +18,14 @@ FACTOR = 3 * math.sqrt(2)
 
 def is_near_tie(bundle: BundleVlm, question: Question, got: Answer, want: Answer) -> bool:
     """Whether the first token in which the bundle's answer differs is one that its precision's error may turn: whether
-    the bundle finds it better than the wanted one by no more than that."""
+    the bundle, which reads prompt and answer in one go for this, finds the two alike but for that. Where it much
+    prefers the wanted one, the answer came from a broken cache."""
     same = _common_length(got.tokens, want.tokens)
     logits = bundle.logits([question.image], question.prompt, got.tokens[:same])[-1]
     stops = bundle.bundle.prompt.stop_token_ids  # what ends an answer is not among its tokens
     ours, theirs = (logits[list(answer.tokens[same : same + 1] or stops)].max() for answer in (got, want))
     error = TOLERANCE[bundle.bundle.engine][bundle.bundle.quantization] * float(np.std(logits))
-    return bool(ours - theirs <= FACTOR * error)
+    return bool(abs(ours - theirs) <= FACTOR * error)
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mpa_edge.benchmarks import measure
 from mpa_edge.benchmarks.bench import BenchConfig, bench
 from mpa_edge.benchmarks.jobs import Job
-from mpa_edge.benchmarks.outcome import outcome
+from mpa_edge.benchmarks.outcome import BROKEN, UNDECIDED, exit_code, outcome
 from mpa_edge.benchmarks.regress import Earlier, changes_of, earlier, regressions
 from mpa_edge.benchmarks.require import requirements
 from mpa_edge.benchmarks.variants import Variant
@@ -89,6 +89,10 @@ def test_another_power_mode_is_told_and_is_measured_anew(old: Path, monkeypatch:
     )
     found = regressions(Earlier(before, []), now, [], 0)
     assert found["notes"] == ["the power mode was MAXN, now it is 15W"]
+    for one in now["variants"]:
+        times = one["latency_ms"]["total"]
+        one["latency_ms"] = {**one["latency_ms"], "total": {**times, "p50": 3 * times["p50"]}}
+    assert regressions(Earlier(before, []), now, [], 0)["found"] == 0
     assert regressions(Earlier(now, []), now, [], 0)["notes"] == []
     variant, job = Variant("q8", "fake:", "full", "fake"), Job("q8", "fake:", 1, 8, 1, [], [], [])
     names = set()
@@ -96,6 +100,22 @@ def test_another_power_mode_is_told_and_is_measured_anew(old: Path, monkeypatch:
         monkeypatch.setattr(measure, "power_mode", lambda mode=mode: mode)
         names.add(measure.folder_name(variant, job, "digest"))
     assert len(names) == 3
+
+
+def test_of_costs_alone_the_bundles_keep_the_requirements() -> None:
+    def code(**status: str) -> int:
+        rated = [{"name": name, "status": one} for name, one in status.items()]
+        roles = [{"name": name, "role": "bundle" if name.startswith("q") else "teacher"} for name in status]
+        required = {"variants": rated}
+        return exit_code({
+            "requirements": required, "variants": roles, "verdict": {"decision": "none"}, "data": {"n": 0},
+            "regressions": None,
+        })  # fmt: skip
+
+    assert code(teacher="pass") == 0
+    assert code(teacher="pass", q8="fail") == BROKEN
+    assert code(teacher="pass", q8="unknown", q4="fail") == UNDECIDED
+    assert code(teacher="fail", q8="pass", q4="fail") == 0
 
 
 def test_slower_larger_and_failed_variants_are_regressions() -> None:

@@ -21,7 +21,7 @@ from mpa_edge.benchmarks.measure import read_measured
 from mpa_edge.benchmarks.outcome import BROKEN, outcome
 from mpa_edge.benchmarks.sample import cost_of, items_of, latency_set
 from mpa_edge.benchmarks.score import latency, tokens_per_s
-from mpa_edge.benchmarks.timed import device_of
+from mpa_edge.benchmarks.timed import are_timed, device_of
 from mpa_edge.benchmarks.variants import Variant, swept
 from mpa_edge.benchmarks.worker import work
 from mpa_edge.bundle import Bundle, Idefics3Images
@@ -169,6 +169,15 @@ def test_answers_of_one_length_for_engines(
     assert {one.finish_reason for one in measured.fixed} == {"length"}
     assert max(one.n_tokens for one in measured.latency) <= 4
     assert (measured.device, len(measured.latency)) == ("cpu", 4)
+    # Of other pictures it says nothing; a wanted length alone leaves natural times as they are.
+    fewer = replace(job, latency=asks[:2])
+    assert not are_timed(tmp_path, fewer)
+    assert read_measured(tmp_path, None, fewer).fixed == ()
+    natural = (tmp_path / LATENCY).read_bytes()
+    with open_bundle(folder, manifest, threads=1, device="cpu") as vlm:
+        work(vlm, replace(job, fixed_length=5, keep_timings=True), tmp_path, lambda *_: None)
+    assert (tmp_path / LATENCY).read_bytes() == natural
+    assert [row.n_tokens for row in whole_rows(tmp_path / FIXED)] == [5] * 4
 
 
 def test_answers_of_one_length_of_a_transformers_model(tiny_one_tile: Path, labelled: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mpa_edge.errors import ExportError, UnknownFamily
 from mpa_edge.export.apart import export_apart
 
 EXPORTERS = """
-import os, time
+import os, subprocess, sys, time
 from pathlib import Path
 from mpa_edge.errors import ExportError, UnknownFamily
 
@@ -31,7 +31,8 @@ def unknown(folder): raise UnknownFamily("gpt", ["llava"])
 def full(folder): raise OSError(28, "No space left on device", str(folder))
 def killed(folder): os.kill(os.getpid(), 9)
 def endless(folder):
-    (folder / "pid").write_text(str(os.getpid()))
+    own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (folder / "pids").write_text(f"{os.getpid()} {own.pid} .")
     time.sleep(600)
 """
 
@@ -68,16 +69,16 @@ def test_errors_come_back(exporters: str, tmp_path: Path, way: str, kind: type[E
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
-def test_it_ends_with_its_parent(exporters: str, tmp_path: Path) -> None:
+def test_it_ends_with_its_parent_and_what_it_started_too(exporters: str, tmp_path: Path) -> None:
     call = (
         "from pathlib import Path; from mpa_edge.export.apart import export_apart; "
         f"export_apart({exporters!r}, Path('endless'), Path({json.dumps(str(tmp_path))}))"
     )
     with subprocess.Popen([sys.executable, "-c", call]) as parent:
-        wait_for(lambda: (tmp_path / "pid").is_file() and bool((tmp_path / "pid").read_text()))
-        child = int((tmp_path / "pid").read_text())
+        wait_for(lambda: (tmp_path / "pids").is_file() and "." in (tmp_path / "pids").read_text())
+        children = [int(pid) for pid in (tmp_path / "pids").read_text().split()[:2]]
         parent.send_signal(signal.SIGKILL)
-    wait_for(lambda: not runs(child))
+    wait_for(lambda: not any(runs(child) for child in children))
 
 
 def runs(process: int) -> bool:

@@ -89,11 +89,36 @@ def test_what_rounding_may_turn_is_no_proof(
         with pytest.raises(ExportError, match="to 3 of 6 questions, at least 5"):
             outcome(folder, manifest, answers)
         return
+    # A distribution so flat that everything is a tie; see below for one that is not.
     found = outcome(folder, manifest, answers)
     assert (found["near_ties"], found["token_agreement"]) == (ties, 0.5)
     # Garbage is not excused by a distribution that is flat.
     with pytest.raises(ExportError, match="to 0 of 6 questions and to 6 one that is hardly less likely"):
         outcome(folder, manifest, wrong_answers(reference, 6))
+
+
+def test_a_broken_cache_is_no_near_tie(
+    folder: Path, manifest: Bundle, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole prompts are read right and say the wanted token; what is decoded from the cache says another."""
+    answer = BundleVlm.answer
+
+    def decoded(self: BundleVlm, *asked: Any) -> list[Any]:
+        return [replace(one, tokens=(1, *one.tokens[1:])) for one in answer(self, *asked)]
+
+    monkeypatch.setattr(BundleVlm, "answer", decoded)
+    assert all(answer.tokens[0] != 1 for answer in reference.answers)
+    with pytest.raises(ExportError, match="to 0 of 6 questions, at least 5"):
+        outcome(folder, manifest, reference)
+
+
+def test_logits_of_any_sample_must_be_numbers(
+    folder: Path, manifest: Bundle, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = list(reference.logits)
+    logits[1] = np.full_like(logits[1], np.nan)
+    with pytest.raises(ExportError, match="nan"):
+        outcome(folder, manifest, replace(reference, logits=logits))
 
 
 def test_four_bits_may_differ_but_not_be_garbage(folder: Path, manifest: Bundle, reference: Reference) -> None:
