@@ -34,8 +34,9 @@ class Parts:
 @dataclass(frozen=True)
 class Status:
     """`stages` are the finished ones with their counts as in `run.json`, `parts` those of each folder of rows.
-    `progress`, `last_error` and `ended` are lines of the log, of the last attempt: how far its last stage was, with
-    rate and seconds left; the error that ended it; how it ended (None: it runs, or was killed)."""
+    `progress`, `ended` and `last_error` are lines of the log: how far the last stage of the last attempt was, with rate
+    and seconds left; how that attempt ended (None: it runs, or was killed); and the newest error that ended an attempt,
+    until one after it is done."""
 
     run: Path
     running: bool
@@ -84,7 +85,8 @@ def status_of(run: Path) -> Status:
     error = None
     for row in _tail(run / LOG):
         attempt = [row] if row.get("event") == "started" else [*attempt, row]
-        error = row if row.get("event") == "failed" else error
+        if row.get("event") in ("failed", "done"):
+            error = row if row["event"] == "failed" else None
     running = is_locked(run)
     over = [row for row in attempt if row.get("event") in ("done", "failed", "stopped")]
     far = [row for row in attempt if row.get("event") == "progress"]

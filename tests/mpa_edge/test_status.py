@@ -116,6 +116,9 @@ def test_log_metrics_and_status_of_a_run_that_fails_and_is_resumed(
     assert not done.running
     assert done.ended is not None
     assert done.ended["event"] == "done"
+    assert done.last_error is None
+    assert "last error" in broken.summary()
+    assert "last error" not in done.summary()
     assert {name: parts.written for name, parts in done.parts.items()} == {"annotations": 3, "cases": 3}
     assert done.stages["annotate"]["rejected"] == {"no_question": 1}
     assert done.progress is not None
