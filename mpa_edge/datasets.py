@@ -182,6 +182,8 @@ def _check(key: bytes, known: tuple[int, int] | None, min_edge: int, by_name: bo
         return Check(key, name, reason="not_an_image")
     if name != os.fspath(path):
         return Check(key, name, reason="unreadable", detail="the file name is not valid UTF-8")
+    if "\0" in name:  # from a list; no call of the system takes it
+        return Check(key, name, reason="unreadable", detail="the file name holds a NUL")
     found: tuple[int, int] = (0, 0)
     sha256 = b""
     try:

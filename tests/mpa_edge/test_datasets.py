@@ -105,6 +105,13 @@ def test_a_list_file(folder: Path) -> None:
     assert {Path(item.path).name: item.reason for item in skipped} == {"gone.png": "missing", "notes.txt": "unreadable"}
 
 
+def test_a_list_with_a_nul_in_a_name(folder: Path) -> None:
+    (folder / "list.txt").write_text("b.jpg\na\0.PNG\n")
+    samples, skipped = scan_images(folder / "list.txt")
+    assert names(samples, folder) == ["b.jpg"]
+    assert [(item.path, item.reason) for item in skipped] == [(f"{folder}/a\0.PNG", "unreadable")]
+
+
 def test_odd_files(tmp_path: Path) -> None:
     picture(tmp_path / "fine.png", 1)
     (tmp_path / "dangling.png").symlink_to("nowhere")
