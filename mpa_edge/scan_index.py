@@ -174,9 +174,10 @@ class ScanIndex:
     def skipped(self) -> Iterator[Skipped]:
         """The others in order, with the reason; but for those after the limit that could be used."""
         rows = self._database.execute(
-            """SELECT checks.path, coalesce(reason, iif(first <> checks.key, 'duplicate', 'in_test')),
-                   iif(reason IS NOT NULL, checks.detail,
-                       iif(first <> checks.key, 'same content as ' || name, shared.detail))
+            """SELECT checks.path, coalesce(reason, CASE WHEN first <> checks.key THEN 'duplicate' ELSE 'in_test' END),
+                   CASE WHEN reason IS NOT NULL THEN checks.detail
+                        WHEN first <> checks.key THEN 'same content as ' || name
+                        ELSE shared.detail END
                FROM checks LEFT JOIN firsts USING (sha256) LEFT JOIN shared USING (sha256)
                WHERE reason IS NOT NULL OR first <> checks.key OR (shared.sha256 IS NOT NULL AND checks.key <= ?)
                ORDER BY checks.key""",
