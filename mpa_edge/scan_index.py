@@ -76,23 +76,27 @@ class ScanIndex:
         """`path` is where the checks are kept for the next scan; without one they last as long as this object. What
         was found out by other rules, and a file that cannot be read, is dropped."""
         self._rules = json.dumps(rules, sort_keys=True)
-        try:
-            self._open(path)
-        except sqlite3.DatabaseError:
-            self._database.close()
-            if path is None:
-                raise
-            path.unlink(missing_ok=True)
-            self._open(path)
-        self._limit = -1
-
-    def _open(self, path: Path | None) -> None:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-        # SQLite's own name for a database that lies in a temporary file is the empty one.
-        self._database = sqlite3.connect(path or "", isolation_level=None)
+        self._database = _connect(path)
+        try:
+            self._prepare(path)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            # An OperationalError is no damage: the disk is full, or another process has the file.
+            if path is None or isinstance(error, sqlite3.OperationalError):
+                raise
+            path.unlink(missing_ok=True)
+            self._database = _connect(path)
+            self._prepare(path)
+        self._limit = -1
+
+    def _prepare(self, path: Path | None) -> None:
         self._database.execute("PRAGMA temp_store = FILE")
         self._database.executescript(_TABLES)
+        # SQLite takes what is missing of the last page for zeros.
+        if path and path.stat().st_size % self._one("PRAGMA page_size"):
+            raise sqlite3.DatabaseError(f"{path} is cut off")
         if self._database.execute("SELECT content FROM rules").fetchall() != [(self._rules,)]:
             self.clear()
 
@@ -200,3 +204,8 @@ class ScanIndex:
     def _transaction(self) -> Any:
         self._database.execute("BEGIN")
         return self._database
+
+
+def _connect(path: Path | None) -> sqlite3.Connection:
+    # SQLite's own name for a database that lies in a temporary file is the empty one.
+    return sqlite3.connect(path or "", isolation_level=None)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+import sqlite3
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import RunError
 from mpa_edge.run_folder import RunFolder
 from mpa_edge.scan import find_pictures
+from mpa_edge.scan_index import Check, ScanIndex, Skipped
 
 
 def found(config: AlignConfig, run: RunFolder) -> list[str]:
@@ -17,7 +21,7 @@ def found(config: AlignConfig, run: RunFolder) -> list[str]:
         return [sample.sha256 for sample in pictures.samples()]
 
 
-def test_a_cut_cache_gives_the_same_pictures_or_says_what_to_delete(tmp_path: Path) -> None:
+def test_a_damaged_cache_gives_the_same_pictures_or_says_what_to_delete(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(30):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
@@ -25,16 +29,62 @@ def test_a_cut_cache_gives_the_same_pictures_or_says_what_to_delete(tmp_path: Pa
     images = str(tmp_path / "images")
     config = AlignConfig(images=images, teacher="fake:", student="fake:", task="reference", out=run.path)
     wanted, cache = found(config, run), run.path / ".scan.sqlite"
-    whole, told = cache.read_bytes(), list[str]()
-    for size in range(0, len(whole), len(whole) // 12):
+    whole = cache.read_bytes()
+    for size in range(0, len(whole), len(whole) // 24):  # also in the middle of the last page
         cache.write_bytes(whole[:size])
-        try:
-            assert found(config, run) == wanted
-        except RunError as error:
-            told.append(str(error))
-            cache.unlink()
-            assert found(config, run) == wanted
-    assert told
-    for line in told:
-        assert line.startswith(f"{cache} is damaged (")
-        assert "Delete it, and type the same command again" in line
+        assert found(config, run) == wanted
+    # All that comes after the schema and the rules: only who reads the checks sees that they are gone.
+    kept = 3 * 4096
+    cache.write_bytes(whole[:kept] + bytes(len(whole) - kept))
+    with pytest.raises(RunError) as error:
+        found(config, run)
+    assert str(error.value).startswith(f"{cache} is damaged (")
+    assert "Delete it, and type the same command again" in str(error.value)
+    cache.unlink()
+    assert found(config, run) == wanted
+
+
+def test_a_full_disk_costs_no_cache(tmp_path: Path) -> None:
+    cache, limits = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ScanIndex(cache, {"min_edge": 8}) as index:
+        index.put([Check(b"a.png", "a.png")])
+    before = cache.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        with pytest.raises(sqlite3.OperationalError, match="disk"):
+            ScanIndex(cache, {"min_edge": 9})  # what other rules found is dropped, which takes room
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with ScanIndex(cache, {"min_edge": 8}):
+        pass
+    assert cache.read_bytes() == before
+
+
+def test_a_cache_that_cannot_be_opened_is_sqlites_error(tmp_path: Path) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="unable to open database file"):
+        ScanIndex(tmp_path, {})
+
+
+def test_an_old_sqlite_is_enough() -> None:
+    """`iif` came with 3.32; these are in all that there are."""
+    called = set[str]()
+
+    def note(action: int, _: object, name: str | None, *__: object) -> int:
+        if action == 31:  # SQLITE_FUNCTION
+            called.add(str(name))
+        return sqlite3.SQLITE_OK
+
+    with ScanIndex(None, {}) as index:
+        index._database.set_authorizer(note)
+        index.want([b"a", b"b", b"c", b"d"])
+        index.put([Check(b"a", "a", sha256=b"1"), Check(b"b", "b", sha256=b"1"), Check(b"c", "c", sha256=b"2")])
+        index.put([Check(b"d", "d", reason="unreadable", detail="why")])
+        index.finish()
+        index.share({sample.id: "in t.jsonl" for sample in index.samples(None) if sample.path == "c"}, 5)
+        assert [sample.path for sample in index.samples(None)] == ["a"]
+        assert list(index.skipped()) == [
+            Skipped("b", "duplicate", "same content as a"),
+            Skipped("c", "in_test", "in t.jsonl"),
+            Skipped("d", "unreadable", "why"),
+        ]
+    assert called <= {"coalesce", "count", "min"}
