@@ -13,14 +13,15 @@ tore nevertheless is found by the part's digest, and made again.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mpa_edge.errors import AGAIN, InputError, RunError
-from mpa_edge.parts import STAGE
+from mpa_edge.errors import AGAIN, FingerprintMismatch, InputError, RunError
+from mpa_edge.parts import DIGEST, STAGE, compare_fingerprints, is_damaged
 from mpa_edge.progress import say
 from mpa_edge.records import write_atomic
 
@@ -53,11 +54,17 @@ class Mirror:
         self._there: dict[str, dict[str, int]] = {}
         self._behind = False
 
+    def check(self, fingerprints: Mapping[str, Mapping[str, Any]]) -> None:
+        """See what lies there: `RunError` when that is of other settings than these, by stage. Nothing is written."""
+        for stage, fingerprint in fingerprints.items():
+            self._there[stage] = self._list(stage)
+            if self._there[stage]:
+                self._compare(stage, json.loads(json.dumps(fingerprint)))  # as it will read back
+
     def fetch(self) -> int:
-        """Copy to here what is there and not the same; returns the number of files."""
+        """After `check`: copy to here what is there and not the same; returns the number of files."""
         count = 0
         for stage, folder in self._stages.items():
-            self._there[stage] = self._list(stage)
             groups = sorted({name.partition(".")[0] for name in self._there[stage]} - {"stage"})
             for group in ("stage", *groups):
                 count += self._fetch_group(stage, folder, group)
@@ -91,17 +98,38 @@ class Mirror:
         if self._behind:
             raise RunError(f"--mirror {self._url} cannot be written. What is finished is kept: {AGAIN} to go on.")
 
+    def _compare(self, stage: str, now: dict[str, Any]) -> None:
+        where = f"--mirror {self._url}: what lies in {stage}"
+        if STAGE not in self._there[stage]:
+            raise RunError(f"{where} lacks its {STAGE}: nobody knows how it was made. Use another --mirror.")
+        try:
+            compare_fingerprints(Path(stage), json.loads(self._read(stage, STAGE))["fingerprint"], now)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{where} cannot be used: {STAGE} is damaged ({error}). Use another --mirror.") from error
+        except FingerprintMismatch as error:
+            # No word of --fresh: that would delete there what may be another run's.
+            pairs = sorted(error.differences.items())
+            lines = "; ".join(f"{key}: there {there!r}, here {here!r}" for key, (there, here) in pairs)
+            raise RunError(f"{where} is of other settings ({lines}). Use another --mirror.") from error
+
     def _fetch_group(self, stage: str, folder: Path, group: str) -> int:
-        """One part with its digest and its note, or the stage's settings."""
-        there = self._there[stage]
-        names = [f"{group}{suffix}" for suffix in (".json", *ORDER) if f"{group}{suffix}" in there]
-        if all(_size(folder / name) == there[name] for name in names):
-            self._same |= {folder / name: _state(folder / name) for name in names}
-            return 0
-        for name in names:
-            write_atomic(folder / name, self._do(self._fs.cat_file, f"{self._roots[stage]}/{name}"))
-            self._same[folder / name] = _state(folder / name)
-        return len(names)
+        """One part with its digest and its note, or the stage's settings; a part only if its digest is not the same."""
+        there, count = self._there[stage], 0
+        for name in (f"{group}{suffix}" for suffix in (".json", *ORDER) if f"{group}{suffix}" in there):
+            path = folder / name
+            # Its digest is the same by now.
+            known = name.endswith(".jsonl") and f"{group}{DIGEST}" in there and _size(path) == there[name]
+            if not known or is_damaged(path):
+                content = self._read(stage, name)
+                if not path.is_file() or path.read_bytes() != content:
+                    write_atomic(path, content)
+                    count += 1
+            self._same[path] = _state(path)
+        return count
+
+    def _read(self, stage: str, name: str) -> bytes:
+        content: bytes = self._do(self._fs.cat_file, f"{self._roots[stage]}/{name}")
+        return content
 
     def _keep(self, stage: str, path: Path) -> None:
         there = f"{self._roots[stage]}/{path.name}"

@@ -164,11 +164,15 @@ class TrainingSetMaker:
         config = self._config
         annotator, identifier = annotator_of(config, teacher), identifier_of(config, teacher, student)
         _refuse_small_budget(config, teacher, min(config.chunk_size, self._scanned.pictures))
-        mirror = self._mirror()
         shaped = annotator.fingerprint() | {"input": self._scanned.digest, "chunk_size": config.chunk_size}
-        annotations = open_parts(self._run.annotations, Annotation, shaped, self._parts)
-        shaped = identifier.fingerprint() | {"annotations": _digest([json.dumps(shaped)])}
-        cases = open_parts(self._first.cases, Case, shaped, self._parts)
+        both = {"annotations": shaped}
+        both["cases"] = identifier.fingerprint() | {"annotations": _digest([json.dumps(shaped)])}
+        # Both copies are seen to be of these settings before one is copied over the other.
+        mirror = self._mirror(both)
+        annotations = open_parts(self._run.annotations, Annotation, both["annotations"], self._parts)
+        cases = open_parts(self._first.cases, Case, both["cases"], self._parts)
+        if mirror and (count := mirror.fetch()):
+            say(f"{count} files were fetched from {config.mirror}")
         # Another answer would make another training set, and the training so far would be lost.
         annotations.again = cases.again = not self._training_began()
 
@@ -190,15 +194,15 @@ class TrainingSetMaker:
         self.log.note("annotate", rows=total, rejected=rejected)
         return total, rejected
 
-    def _mirror(self) -> Mirror | None:
-        """The second home of the parts, after what lies there was fetched."""
+    def _mirror(self, fingerprints: dict[str, dict[str, Any]]) -> Mirror | None:
+        """The second home of the parts; what lies there is of these settings."""
         if self._config.mirror is None:
             return None
         mirror = Mirror(self._config.mirror, {"annotations": self._run.annotations, "cases": self._first.cases})
         if self._config.fresh:
             mirror.clear()
-        elif count := mirror.fetch():
-            say(f"{count} files were fetched from {self._config.mirror}")
+        else:
+            mirror.check(fingerprints)
         return mirror
 
     def _training_began(self) -> bool:

@@ -28,15 +28,16 @@ class Teacher(FakeVlm):
 
     asked = 0
     silent = False
+    says = "What is it? red"
 
     def answer(
         self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
     ) -> list[Answer]:
         self.asked += len(images)
         return (
-            [Answer("", finish_reason="error", error="late")] + [Answer("What is it? red")] * (len(images) - 1)
+            [Answer("", finish_reason="error", error="late")] + [Answer(self.says)] * (len(images) - 1)
             if (self.silent)
-            else [Answer("What is it? red")] * len(images)
+            else [Answer(self.says)] * len(images)
         )
 
 
@@ -93,7 +94,7 @@ def test_another_machine_goes_on_from_the_mirror(photos: Path, place: str, tmp_p
     assert far(place) == parts(tmp_path / "a")
     assert make(photos, tmp_path / "b", place).asked == 0
     assert parts(tmp_path / "b") == parts(tmp_path / "a")
-    with pytest.raises(FingerprintMismatch):
+    with pytest.raises(RunError, match=r"--mirror .*annotations is of other settings .*: there .*, here "):
         make(photos, tmp_path / "c", place, questions=2)
     # A part that was not finished here, and one that a store tore.
     shutil.rmtree(tmp_path / "b" / "cases")
@@ -106,6 +107,54 @@ def test_another_machine_goes_on_from_the_mirror(photos: Path, place: str, tmp_p
     with pytest.warns(UserWarning, match="damaged"):
         assert make(photos, tmp_path / "b", place).asked == 4
     assert far(place) == parts(tmp_path / "b") == parts(tmp_path / "a")
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"temperature": 0.123456}], ids=["of equal size", "of another size"])
+def test_another_runs_mirror_is_refused_before_anything_is_copied(
+    photos: Path, place: str, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    make(photos, tmp_path / "a", None)
+    make(photos, tmp_path / "b", place, **other)
+    here, there = parts(tmp_path / "a"), far(place)
+    with pytest.raises(RunError, match=f"--mirror {place}: what lies in annotations is of other settings") as caught:
+        make(photos, tmp_path / "a", place)
+    assert "--fresh" not in str(caught.value)  # which deletes what lies there
+    assert (parts(tmp_path / "a"), far(place)) == (here, there)
+    assert make(photos, tmp_path / "a", None).asked == 0
+
+
+def test_a_folder_of_other_settings_is_refused_before_anything_is_copied(
+    photos: Path, place: str, tmp_path: Path
+) -> None:
+    make(photos, tmp_path / "a", None, temperature=0.123456)
+    make(photos, tmp_path / "b", place)
+    (tmp_path / "a" / "run.json").unlink()  # which tells sooner
+    here = parts(tmp_path / "a")
+    with pytest.raises(FingerprintMismatch, match=r"0\.123456"):
+        make(photos, tmp_path / "a", place)
+    assert parts(tmp_path / "a") == here
+
+
+def test_what_lies_there_counts_even_where_it_is_as_long(photos: Path, place: str, tmp_path: Path) -> None:
+    make(photos, tmp_path / "a", place)
+    teacher = Teacher()
+    teacher.says = "What is it? tan"
+    make(photos, tmp_path / "b", None, teacher)
+    assert parts(tmp_path / "b") != parts(tmp_path / "a")
+    assert make(photos, tmp_path / "b", place).asked == 0
+    assert parts(tmp_path / "b") == far(place) == parts(tmp_path / "a")
+
+
+def test_settings_there_that_nobody_knows_are_refused(photos: Path, place: str, tmp_path: Path) -> None:
+    make(photos, tmp_path / "a", place)
+    fs, root = fsspec.core.url_to_fs(place)
+    fs.rm_file(f"{root}/cases/stage.json")
+    with pytest.raises(RunError, match=r"what lies in cases lacks its stage\.json"):
+        make(photos, tmp_path / "a", place)
+    with fs.open(f"{root}/cases/stage.json", "wb") as file:
+        file.write(b"{")
+    with pytest.raises(RunError, match=r"what lies in cases cannot be used: stage\.json is damaged"):
+        make(photos, tmp_path / "a", place)
 
 
 def test_failed_rows_are_asked_again_from_there_and_fresh_starts_over(photos: Path, tmp_path: Path) -> None:
