@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +23,7 @@ from mpa_edge.align import meet
 from mpa_edge.amounts import Range, spoken_bytes, spoken_seconds
 from mpa_edge.annotate import Annotator
 from mpa_edge.config import AlignConfig
-from mpa_edge.datasets import scan_images, table_named
+from mpa_edge.datasets import Progress, scan_images, table_named
 from mpa_edge.errors import MpaEdgeError
 from mpa_edge.identify import Identifier, Reidentifier
 from mpa_edge.opening import open_models
@@ -29,7 +31,9 @@ from mpa_edge.overlap import split_shared
 from mpa_edge.progress import counting
 from mpa_edge.records import Annotation, Case, Record, Sample, write_rows
 from mpa_edge.runtime.vlm import Vlm
+from mpa_edge.scan_index import Skipped, copy_cache
 from mpa_edge.selection import choose, training_row
+from mpa_edge.tables import Table
 from mpa_edge.tasks import Task, task_named
 from mpa_edge.training_set import count_by
 
@@ -125,17 +129,10 @@ class _Found:
 def _look(config: AlignConfig, folder: Path) -> _Found:
     table = table_named(config.images)
     # What an earlier scan of the run remembers is taken, and left as it is.
-    for name in (".scan.sqlite", ".shared.json"):
-        if (config.run / name).is_file():
-            shutil.copy(config.run / name, folder / name)
+    if (config.run / ".shared.json").is_file():
+        shutil.copy(config.run / ".shared.json", folder / ".shared.json")
     with counting("scan") as tell:
-        samples, skipped = scan_images(
-            config.images,
-            store=folder / "images",
-            limit=_wanted(config) if table else None,
-            cache=None if table else folder / ".scan.sqlite",
-            progress=tell,
-        )
+        samples, skipped = _scan(config, table, folder, tell)
     reasons = count_by(item.reason for item in skipped)
     if table:
         count = min(table.count, config.limit or table.count)
@@ -155,6 +152,19 @@ def _look(config: AlignConfig, folder: Path) -> _Found:
         if split.looked_at < split.pictures:
             notes.append(f"of --test only {split.looked_at} of {split.pictures} pictures could be looked at")
     return _Found(samples, reasons, shared, len(samples), notes=notes)
+
+
+def _scan(
+    config: AlignConfig, table: Table | None, folder: Path, progress: Progress
+) -> tuple[list[Sample], list[Skipped]]:
+    if table:
+        return scan_images(config.images, store=folder / "images", limit=_wanted(config), progress=progress)
+    known, cache = config.run / ".scan.sqlite", folder / ".scan.sqlite"
+    if known.is_file():
+        with suppress(sqlite3.DatabaseError):  # it is damaged
+            copy_cache(known, cache)
+            return scan_images(config.images, cache=cache, progress=progress)
+    return scan_images(config.images, progress=progress)
 
 
 # --- the sample ------------------------------------------------------------------------------------------------------

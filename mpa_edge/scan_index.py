@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from mpa_edge.records import Record, Sample
 
 BATCH = 1024
+PATIENCE_SECONDS = 60.0
 _TABLES = """
 CREATE TABLE IF NOT EXISTS rules (content TEXT, finished INTEGER);
 CREATE TABLE IF NOT EXISTS checks (
@@ -94,9 +96,7 @@ class ScanIndex:
     def _prepare(self, path: Path | None) -> None:
         self._database.execute("PRAGMA temp_store = FILE")
         self._database.executescript(_TABLES)
-        # SQLite takes what is missing of the last page for zeros.
-        if path and path.stat().st_size % self._one("PRAGMA page_size"):
-            raise sqlite3.DatabaseError(f"{path} is cut off")
+        _check_end(self._database, path)
         if self._database.execute("SELECT content FROM rules").fetchall() != [(self._rules,)]:
             self.clear()
 
@@ -206,6 +206,21 @@ class ScanIndex:
         return self._database
 
 
+def copy_cache(cache: Path, to: Path) -> None:
+    """Copy what a scan keeps, though a run may be writing there. Raises `sqlite3.DatabaseError` where it is damaged."""
+    address = f"{cache.absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True)) as there, closing(sqlite3.connect(to)) as here:
+        _check_end(there, cache)
+        there.backup(here)
+
+
 def _connect(path: Path | None) -> sqlite3.Connection:
-    # SQLite's own name for a database that lies in a temporary file is the empty one.
-    return sqlite3.connect(path or "", isolation_level=None)
+    # SQLite's own name for a database that lies in a temporary file is the empty one. The file may be locked while it
+    # is copied.
+    return sqlite3.connect(path or "", PATIENCE_SECONDS, isolation_level=None)
+
+
+def _check_end(database: sqlite3.Connection, path: Path | None) -> None:
+    """SQLite takes what is missing of the last page for zeros."""
+    if path and path.stat().st_size % database.execute("PRAGMA page_size").fetchone()[0]:
+        raise sqlite3.DatabaseError(f"{path} is cut off")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import mpa_edge.datasets
 import mpa_edge.plan
 from mpa_edge.cli import app
 from mpa_edge.config import AlignConfig
@@ -97,6 +100,31 @@ def test_nothing_is_written_into_the_run(images: Path) -> None:
     plan_models(config(images), Teller(), Teller())
     assert [path.name for path in run.iterdir()] == [".scan.sqlite"]
     assert (run / ".scan.sqlite").stat().st_mtime_ns == before
+
+
+def test_a_damaged_cache_of_the_run_is_not_used(images: Path) -> None:
+    cache = images.parent / "run" / ".scan.sqlite"
+    scan_images(images, cache=cache)
+    whole = cache.read_bytes()
+    kept = 3 * 4096  # the schema and the rules; the checks come after them
+    for damaged in (b"no database", whole[:kept], whole[:-1], whole[:kept] + bytes(len(whole) - kept)):
+        cache.write_bytes(damaged)
+        plan = plan_models(config(images), Teller(), Teller())
+        assert (plan.pictures, plan.skipped) == (60, {"unreadable": 1})
+        assert cache.read_bytes() == damaged
+
+
+def test_the_cache_is_copied_while_a_run_writes_to_it(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = images.parent / "run" / ".scan.sqlite"
+    scan_images(images, cache=cache)
+    with closing(sqlite3.connect(cache, isolation_level=None)) as run:
+        run.execute("BEGIN IMMEDIATE")
+        run.execute("DELETE FROM checks")
+        opened: list[bytes] = []
+        monkeypatch.setattr(mpa_edge.datasets, "_read", lambda path, status: opened.append(path))
+        assert plan_models(config(images), Teller(), Teller()).pictures == 60
+        run.execute("COMMIT")
+    assert opened == []
 
 
 def test_the_sample_is_spread_over_the_pictures(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
