@@ -19,9 +19,13 @@ from mpa_edge import edge
 from mpa_edge.disk import disk_trouble
 from mpa_edge.records import write_atomic
 
+# As in a terminal: under nohup, and in the background of a shell, signals are ignored, and children inherit that.
 WAITING = """
-import time
+import signal, time
 from mpa_edge import edge
+for number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with edge.resumable():
     print("at work", flush=True)
     try:
@@ -36,10 +40,13 @@ def test_a_signal_ends_in_one_line_after_tidying_up(name: str, code: int) -> Non
     with subprocess.Popen(
         [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "at work\n"
-        process.send_signal(getattr(signal, name))
-        out, told = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "at work\n"
+            process.send_signal(getattr(signal, name))
+            out, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out) == (code, "tidied up\n")
     assert told == "\nStopped. What is finished is kept: type the same command again to go on.\n"
 
