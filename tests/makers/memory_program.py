@@ -16,7 +16,7 @@ from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.selfcheck import picture
 
 OPENINGS = (6, 12)
-QUESTIONS = (50, 100)
+QUESTIONS = (50, 400)
 
 
 def held() -> int:

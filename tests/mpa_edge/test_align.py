@@ -57,6 +57,7 @@ def test_a_run_leaves_what_the_design_says(run: tuple[Path, Any]) -> None:
         "audit.html",
         "cases",
         "collapsed.jsonl",
+        "log.jsonl",
         "parity.jsonl",
         "run.json",
         "samples.jsonl",
@@ -122,7 +123,7 @@ def test_the_same_command_again_changes_nothing(run: tuple[Path, Any], tiny_pair
         return {
             str(path.relative_to(out)): path.read_bytes()
             for path in out.rglob("*")
-            if path.is_file() and path.name != "run.json"
+            if path.is_file() and path.name not in ("log.jsonl", "run.json")
         }
 
     before = files()

@@ -13,9 +13,9 @@ from mpa_edge.bundle import Bundle, write_bundle
 from mpa_edge.export.to_onnx import to_onnx
 from tiny_bundles import manifest_of
 
-# Allocators keep up to 12 MB for later; twelve leaked openings of the reference student take 140. A hundred leaked
-# questions take more than the other: features are 4 kB a tile.
-OPENING_BYTES, QUESTION_BYTES = 30_000_000, 400_000
+# Allocators keep up to 12 MB for later; twelve leaked openings of the reference student take 140. What is resident goes
+# up and down by half a megabyte with the questions; 400 leaked ones take 1.6 MB at the least: features are 4 kB a tile.
+OPENING_BYTES, QUESTION_BYTES = 30_000_000, 1_000_000
 PROGRAM = Path(memory_program.__file__)
 
 

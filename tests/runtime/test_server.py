@@ -224,7 +224,7 @@ def test_garbage_is_refused_and_says_why(name: str, address: str) -> None:
 def test_a_prompt_beyond_the_context_is_refused(address: str, picture: Any) -> None:
     message = turn(data_url(png(picture(9, 9))), "why? " * 2000)
     got = web.post(f"{address}/v1/chat/completions", json={"messages": [message]})
-    assert (got.status_code, "of 1024 tokens" in got.json()["error"]["message"]) == (400, True)
+    assert (got.status_code, "than the 1024 tokens" in got.json()["error"]["message"]) == (400, True)
 
 
 def test_too_much_is_refused_before_it_is_read(address: str) -> None:
