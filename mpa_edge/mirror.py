@@ -80,10 +80,11 @@ class Mirror:
     def keep(self, number: int) -> None:
         """Copy a part to there, where it is not the same; without a connection a line, and later."""
         try:
-            for stage, folder in self._stages.items():
-                self._keep(stage, folder / STAGE)
-                for suffix in ORDER:
-                    self._keep(stage, folder / f"part-{number:05d}{suffix}")
+            names = (STAGE, *(f"part-{number:05d}{suffix}" for suffix in ORDER))
+            paths = [(stage, folder / name) for stage, folder in self._stages.items() for name in names]
+            # What is gone here goes there last, of both stages: a note says that the part is to be looked at again.
+            for stage, path in sorted(paths, key=lambda one: not one[1].exists()):
+                self._keep(stage, path)
         except RunError as error:
             if not self._behind:
                 say(f"warning: {error} The parts are kept here, and copied when that works again")

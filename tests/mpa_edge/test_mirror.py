@@ -171,6 +171,30 @@ def test_failed_rows_are_asked_again_from_there_and_fresh_starts_over(photos: Pa
     assert far(place) == {**parts(tmp_path / "b"), "cases/notes.txt": b"mine"}
 
 
+@pytest.mark.parametrize("stops_at", ["annotations/part-00000.sha256", "cases/part-00000.jsonl"])
+def test_whoever_is_stopped_while_a_repaired_part_is_copied_leaves_its_note_there(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_at: str
+) -> None:
+    place, late = f"file://{tmp_path / 'far' / 'run'}", Teacher()
+    late.silent = True
+    make(photos, tmp_path / "a", place, late)
+    put = Mirror._put
+
+    def stopped(self: Mirror, path: str, content: bytes) -> None:
+        if path.endswith(stops_at):
+            raise KeyboardInterrupt
+        put(self, path, content)
+
+    monkeypatch.setattr(Mirror, "_put", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make(photos, tmp_path / "a", place)
+    monkeypatch.undo()
+    assert "annotations/part-00000.failed" in far(place)
+    make(photos, tmp_path / "b", place)  # on another machine
+    make(photos, tmp_path / "c", None)
+    assert parts(tmp_path / "b") == far(place) == parts(tmp_path / "c")
+
+
 def test_a_store_that_is_away_stops_nothing_and_is_told(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
