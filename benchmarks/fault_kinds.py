@@ -187,11 +187,13 @@ def damage(this: Round) -> None:
         moment = moment_of(this.moments, this.rng)
         disturbed(this.command, this.place.out, moment, lambda process: kill(process, signal.SIGKILL))
         when = f"killed {moment.seconds:.2f} s after change {moment.changes}"
-    files = [path for path in sorted(this.place.out.rglob("*")) if path.is_file() and path.stat().st_size]
+    out = this.place.out
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.stat().st_size]
+    files = [path for path in files if re.search(this.program.own, path.relative_to(out).as_posix())]
     if files:
         path = this.rng.choice(files)
         how = spoil(path, this.rng)
-        this.fault = f"{path.relative_to(this.place.out)} {how}, {when}"
+        this.fault = f"{path.relative_to(out)} {how}, {when}"
     else:
         this.fault = f"nothing there, {when}"
     this.faults += 1

@@ -66,14 +66,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Program:
-    """`whole` names the files that are whole whenever they are there, `drop` those that are no result, and `codes`
-    are the exit codes of a program that did what it should."""
+    """`whole` names the files that are whole whenever they are there, `drop` those that are no result, `own` those that
+    it reads or makes, and `codes` are the exit codes of a program that did what it should."""
 
     name: str
     command: Callable[[Place], list[str]]
     needs: str | None = None
     whole: tuple[str, ...] = ()
     drop: str = r"(^|/)\.|\.failed$|^log\.jsonl$|-old-\d+/"
+    own: str = ""
     codes: tuple[int, ...] = (0,)
 
     def prepare(self, place: Place) -> None:
@@ -161,7 +162,9 @@ PARTS = ("annotations/part-*.jsonl", "cases/part-*.jsonl", "samples.jsonl")
 PROGRAMS = {
     "ask": Program("ask", _ask, whole=PARTS),
     "align": Program("align", _align, whole=(*PARTS, "student/metrics.json", "parity.jsonl")),
-    "export": Program("export", _export, needs="align", whole=("bundles/gguf-q8_0/*", "merged/*")),
+    "export": Program(
+        "export", _export, needs="align", whole=("bundles/gguf-q8_0/*", "merged/*"), own=r"^(bundles|merged|student)/"
+    ),
     "bench": Program("bench", _bench, needs="export", whole=("raw.jsonl",), codes=(0, 3, 4)),
 }
 
