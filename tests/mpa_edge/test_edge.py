@@ -27,8 +27,8 @@ for number in (signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with edge.resumable():
-    print("at work", flush=True)
     try:
+        print("at work", flush=True)
         time.sleep(600)
     finally:
         print("tidied up", flush=True)
