@@ -3,8 +3,9 @@
 Each gets as many requests as it answers in time: half as many from a sign of overload on (429, 502, 503, 504, a
 time-out), one more after as many answers as there are requests at once, never more than was allowed. That is TCP's
 rule (additive increase, multiplicative decrease), by which several clients also come to share a server. A Retry-After
-keeps new requests away for so long. A server that cannot be reached is left out for a second, then two, up to half a
-minute; its requests go to the others at once, since it got nothing of them.
+keeps new requests away for so long. A server that cannot be reached, or behind whose address nobody answers (502, 503),
+is left out for a second, then two, up to half a minute; its requests go to the others at once, since it did nothing of
+them. Without that, one that fails at once would look idle and draw them all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import openai
 
 OVERLOADED = (429, 502, 503, 504)
+ABSENT = (502, 503)
 LONGEST_REST = 120.0
 LONGEST_ABSENCE = 30.0
 # How soon a request that waits for room sees that it is no longer wanted.
@@ -34,6 +36,7 @@ class Server:
     running: int = 0
     cut_at: float = 0.0
     rests_until: float = 0.0
+    missed_at: float = 0.0
     misses: int = 0
 
     def __post_init__(self) -> None:
@@ -41,16 +44,26 @@ class Server:
 
     def has_room(self, now: float) -> bool:
         """Whether it may get one more request."""
-        return now >= self.rests_until and self.running < int(self.limit)
+        return now >= self.rests_until and self.bears_more
+
+    @property
+    def bears_more(self) -> bool:
+        """Whether fewer requests are under way than it bears."""
+        return self.running < int(self.limit)
 
     def answered(self, started: float, status: int, retry_after: float) -> None:
         """What an answer to a request that was sent at `started` says about it."""
-        self.misses = 0
         if status in OVERLOADED:
             self.slow_down(started)
+            if status in ABSENT and not retry_after:
+                self.missed(started)
+                return
             self.rests_until = max(self.rests_until, time.monotonic() + min(retry_after, LONGEST_REST))
         elif status < 400:
             self.limit = min(self.limit + 1 / self.limit, float(self.most))
+            if self.misses:  # it is back
+                self.rests_until = 0.0
+        self.misses = 0
 
     def slow_down(self, started: float) -> None:
         """Halve, once for all requests that were under way together."""
@@ -58,10 +71,12 @@ class Server:
             self.limit = max(1.0, min(self.limit, self.running) / 2)
             self.cut_at = time.monotonic()
 
-    def missed(self) -> None:
-        """Nobody was there."""
-        self.misses += 1
-        self.rests_until = time.monotonic() + min(2.0 ** (self.misses - 1), LONGEST_ABSENCE)
+    def missed(self, started: float) -> None:
+        """Nobody was there: rest for longer, once for all requests that were under way together."""
+        if started >= self.missed_at:
+            self.misses += 1
+            self.missed_at = time.monotonic()
+            self.rests_until = self.missed_at + min(2.0 ** (self.misses - 1), LONGEST_ABSENCE)
 
 
 class Fleet:
@@ -82,7 +97,7 @@ class Fleet:
                 free = [server for server in left if server.has_room(now)]
                 if not free and all(server.misses for server in left):
                     # Nobody is there: whoever asks shall hear that, and how often to try again is for them to say.
-                    free = [min(left, key=lambda server: server.rests_until)]
+                    free = sorted((one for one in left if one.bears_more), key=lambda one: one.rests_until)[:1]
                 if free:
                     server = min(free, key=lambda server: server.running / server.limit)
                     server.running += 1
@@ -120,7 +135,7 @@ class FleetClient(openai.DefaultHttpxClient):
                 # By name: newer openai clients bring an HTTP library with classes of its own.
                 kinds = {kind.__name__ for kind in type(error).__mro__}
                 if kinds & {"ConnectError", "ConnectTimeout"}:
-                    self._fleet.give(server, server.missed)
+                    self._fleet.give(server, lambda: server.missed(started))  # noqa: B023 (called at once)
                     tried.append(server)
                     if len(tried) < len(servers):
                         continue
@@ -131,7 +146,10 @@ class FleetClient(openai.DefaultHttpxClient):
                 raise
             status, rest = response.status_code, _retry_after(response.headers)
             self._fleet.give(server, lambda: server.answered(started, status, rest))  # noqa: B023 (called at once)
-            return response
+            tried.append(server)
+            if status not in ABSENT or len(tried) >= len(servers):
+                return response
+            response.close()
 
 
 def _retry_after(headers: Any) -> float:

@@ -20,11 +20,13 @@ from mpa_edge.chat_vlm import ChatVlm
 from mpa_edge.errors import InputError, ModelError
 
 RED = Image.new("RGB", (16, 16), "red")
-# Answers with its own number and the prompt, after some milliseconds; says 429 to what is more than it can bear.
+# Answers with its own number and the prompt, after some milliseconds; says 429, or what else it is told to, to what is
+# more than it can bear.
 SERVER = """
 import json, socket, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 port, name, bears, seconds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+refusal = int(sys.argv[5])
 lock, running, asked, refused, peak = threading.Lock(), 0, 0, 0, 0
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -47,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         said = name + " " + request["messages"][0]["content"][1]["text"]
         choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
         if over:
-            return self.send(429, {}, {"retry-after-ms": "20"})
+            return self.send(refusal, {}, {"retry-after-ms": "20"} if refusal == 429 else {})
         self.send(200, {"id": "1", "object": "chat.completion", "choices": [choice]})
     def send(self, status, body, headers={}):
         data = json.dumps(body).encode()
@@ -70,14 +72,15 @@ Server(("127.0.0.1", port), Handler).serve_forever()
 class Peer:
     """A server process on a port of its own, which it keeps when it is started again."""
 
-    def __init__(self, name: str, bears: int = 99, seconds: float = 0.01) -> None:
+    def __init__(self, name: str, bears: int = 99, seconds: float = 0.01, refusal: int = 429) -> None:
         # Bound here all the time, so that nobody else gets the port; only the server listens on it.
         self._held = socket.socket()
         self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._held.bind(("127.0.0.1", 0))
         self.port = self._held.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        self._command = [sys.executable, "-c", SERVER, str(self.port), name, str(bears), str(seconds)]
+        arguments = (self.port, name, bears, seconds, refusal)
+        self._command = [sys.executable, "-c", SERVER, *map(str, arguments)]
         self.start()
 
     def start(self) -> None:
@@ -158,6 +161,31 @@ def test_servers_share_the_work_and_one_that_dies_is_left_out_until_it_is_back(p
     vlm.close()
     with pytest.raises(ModelError, match=rf"{a.url},{b.url}#only: no answer .*Start the server"):
         ChatVlm(f"{a.url},{b.url}", "only").answer([RED], ["?"])
+
+
+@pytest.mark.parametrize("refusal", [502, 503])
+def test_one_that_fails_at_once_leaves_the_work_to_the_other(peers: Callable[..., Peer], refusal: int) -> None:
+    broken, sound = peers("a", 0, 0.0, refusal), peers("b")
+    vlm = ChatVlm(f"{broken.url},{sound.url}", "only", concurrency=4, max_retries=0)
+    answers = vlm.answer([RED] * 40, [str(number) for number in range(40)])
+    assert [answer.text for answer in answers] == [f"b {number}" for number in range(40)]
+    assert broken.counts()["asked"] > 0
+    vlm.close()
+
+
+def test_one_that_fails_at_once_rests_longer_with_each_wave_until_it_answers() -> None:
+    fleet = Fleet(["http://a/v1", "http://b/v1"], 4)
+    sound, broken = fleet.servers
+    for rest in (1, 2, 4, 8, 16, 30, 30):
+        started = time.monotonic()
+        for _ in range(4):
+            broken.answered(started, 503, 0.0)
+        assert broken.rests_until - broken.missed_at == pytest.approx(rest)
+    sound.running = 3
+    assert fleet.take() is sound
+    assert fleet.take([sound]) is broken  # the last choice
+    broken.answered(time.monotonic(), 200, 0.0)
+    assert fleet.take() is broken
 
 
 def test_a_fleet_halves_once_per_wave_and_grows_again() -> None:
