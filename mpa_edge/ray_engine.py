@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -244,7 +246,7 @@ def _connect(address: str | None) -> bool:
             host, _, port = address.rpartition(":")
             if host:
                 socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself tries for minutes
-            ray.init(address, **quiet)
+            _init(address, quiet)
     except Exception as error:  # Ray raises plain ones too
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         who = f"--address {address}: no Ray answers there" if address else "--engine ray: Ray does not start here"
@@ -256,12 +258,22 @@ def _start(options: dict[str, Any]) -> None:
     """Ray waits half a minute for its processes, which is little on a machine that is busy with other things."""
     for last in (False, False, True):
         try:
-            ray.init("local", **options)
+            _init("local", options)
             return
         except Exception:
             if last:
                 raise
             ray.shutdown()
+
+
+def _init(address: str, options: dict[str, Any]) -> None:
+    """Ray takes SIGTERM for itself where it can; it stays whose it was, so that the run ends in good order."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, **options)
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _room(config: AlignConfig) -> tuple[dict[str, Any], int]:
