@@ -27,21 +27,20 @@ import json, socket, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 port, name, bears, seconds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 refusal = int(sys.argv[5])
-lock, running, asked, refused, peak = threading.Lock(), 0, 0, 0, 0
+lock, running, asked, peak = threading.Lock(), 0, 0, 0
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
-        counts = {"asked": asked, "refused": refused, "peak": peak}
+        counts = {"asked": asked, "peak": peak}
         self.send(200, counts if self.path == "/counts" else {"data": [{"id": "only"}]})
     def do_POST(self):
-        global running, asked, refused, peak
+        global running, asked, peak
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.headers["Host"] == f"127.0.0.1:{port}", self.headers["Host"]
         with lock:
             asked, running = asked + 1, running + 1
             peak = max(peak, running)
             over = running > bears
-            refused += over
         if not over:
             time.sleep(seconds)
         with lock:
