@@ -8,7 +8,7 @@ Parts are written by this process in both cases, so that files, resume and Ctrl-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,10 +42,11 @@ Work = Callable[[Asker, Part], None]
 class Engine(Protocol):
     """Where asking is done."""
 
-    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Iterator[Part]:
+    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Generator[Part, None, None]:
         """Call `work` with each part and somebody who asks as `asks` would; yield parts as they are done, in any order.
 
-        A part whose `work` raises ends the iteration with that error."""
+        A part whose `work` raises ends the iteration with that error. Whoever ends it sooner closes it: then nothing is
+        asked any more."""
         ...
 
 
@@ -100,7 +101,7 @@ def reidentifier_of(config: AlignConfig, student: Vlm) -> Reidentifier:
 class Here:
     """The local engine."""
 
-    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Iterator[Part]:
+    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Generator[Part, None, None]:
         """As `Engine.each`, in order."""
         for part in parts:
             work(asks, part)

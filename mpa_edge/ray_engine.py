@@ -20,7 +20,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,7 +133,7 @@ class RayPool:
             raise
         self.models = {side: Told(*told, self) for side, told in self._told.items()}
 
-    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Iterator[Part]:
+    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Generator[Part, None, None]:
         """As `Engine.each`: as many parts at once as there are actors."""
         todo = Todo(parts)
         with ThreadPoolExecutor(self._size, thread_name_prefix="ray") as threads:

@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -179,9 +180,9 @@ class TrainingSetMaker:
         def work(asker: Asker, part: Part) -> None:
             self._ask_part(asker, part, annotations, cases)
 
-        with progress("ask", self._scanned.pictures) as advance:
-            asks = Asks(annotator, identifier)
-            for number, samples in (engine or Here()).each(asks, enumerate(self._chunks()), work):
+        each = (engine or Here()).each(Asks(annotator, identifier), enumerate(self._chunks()), work)
+        with progress("ask", self._scanned.pictures) as advance, closing(each):  # Ctrl-C may come here too
+            for number, samples in each:
                 advance(len(samples))
                 if mirror:
                     mirror.keep(number)
@@ -239,8 +240,9 @@ class TrainingSetMaker:
                 with self.log.clock(stage_name("identify", number)):
                     cases.fill(part[0], lambda known: asker.cases(before, paths, known))
 
-        with progress(f"ask, round {number}", self._scanned.pictures) as advance:
-            for _, samples in (engine or Here()).each(Asks(None, again), enumerate(self._chunks()), work):
+        each = (engine or Here()).each(Asks(None, again), enumerate(self._chunks()), work)
+        with progress(f"ask, round {number}", self._scanned.pictures) as advance, closing(each):
+            for _, samples in each:
                 advance(len(samples))
 
     # --- selecting ---------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from mpa_edge.askers import Asks, Here, Part, Work
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError
 from mpa_edge.fake import FakeVlm
@@ -217,6 +219,31 @@ def test_a_store_that_is_away_stops_nothing_and_is_told(
     assert make(photos, tmp_path / "a", "memory:///other/run").asked == 0
     assert far("memory:///other/run") == parts(tmp_path / "a")
     MemoryFileSystem.store.clear()
+
+
+class Holding(Here):
+    """Knows what it gave out: that does not end by going out of use."""
+
+    given: Generator[Part, None, None]
+
+    def each(self, asks: Asks, parts: Iterable[Part], work: Work) -> Generator[Part, None, None]:
+        self.given = super().each(asks, parts, work)
+        return self.given
+
+
+def test_ctrl_c_while_a_part_is_copied_ends_the_engine(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Mirror, "keep", stopped)
+    settings: dict[str, Any] = {"mirror": "memory:///run", "task": "reference", "chunk_size": 2}
+    config = AlignConfig(images=str(photos), teacher="t", student="s", out=tmp_path / "a", **settings)
+    engine = Holding()
+    with pytest.raises(KeyboardInterrupt):
+        make_training_set(config, Teacher(), FakeVlm(), engine)
+    assert inspect.getgeneratorstate(engine.given) == inspect.GEN_CLOSED
 
 
 @pytest.mark.parametrize("url", ["s3://key:secret@bucket/run", "s3://bucket/run?token=secret", "nowhere://x/run"])
