@@ -53,6 +53,7 @@ try:
     ray_engine._start(dict(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False))
 except Exception as error:
     sys.exit(f"Ray does not start: {error}" if "timed out during startup" in str(error) else error)
+assert signal.getsignal(signal.SIGTERM) is handler, "Ray took SIGTERM"
 config = AlignConfig(**json.loads(sys.argv[1]))
 ray_engine.DEATHS = 2
 pool = ray_engine.RayPool(config)
