@@ -8,10 +8,7 @@ Every answer is on disk at once, so an interrupted job goes on where it was. `jo
 from __future__ import annotations
 
 import json
-import os
-import stat
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +42,7 @@ from mpa_edge.benchmarks.jobs import (
 from mpa_edge.benchmarks.memory import watch_device
 from mpa_edge.benchmarks.timed import device_of, timed_part
 from mpa_edge.errors import ImageError, MpaEdgeError
+from mpa_edge.orphan import end_with_whoever_started_us
 from mpa_edge.records import write_atomic
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Answer, Decoding, Vlm
@@ -79,19 +77,6 @@ def main(folder: Path, source: IO[str], out: IO[str]) -> int:
             raise
         return 1
     return 0
-
-
-def end_with_whoever_started_us() -> None:
-    """End this process as soon as the one that started it is gone, however that died: it holds the other end of our
-    standard input. Left alone, we would spoil the timings, and write between the rows, of whoever comes next."""
-
-    def wait() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        threading.Thread(target=wait, daemon=True).start()
 
 
 def open_variant(job: Job) -> Vlm:
@@ -219,5 +204,6 @@ def answer_batch(vlm: Vlm, part: Sequence[Ask], decoding: Decoding) -> list[Row]
 
 if __name__ == "__main__":
     asked = StringIO(sys.stdin.readline())
+    # Left alone, we would spoil the timings, and write between the rows, of whoever comes next.
     end_with_whoever_started_us()
     sys.exit(main(Path(sys.argv[1]), asked, sys.stdout))

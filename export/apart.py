@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterable
 from importlib import import_module
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from mpa_edge import errors
 from mpa_edge.errors import ExportError, MpaEdgeError
+from mpa_edge.orphan import end_with_whoever_started_us
 
 # How a process ends that was killed for want of memory, on Linux and in a container.
 KILLED = (-9, 137)
@@ -60,24 +59,16 @@ def _error(name: str, message: str) -> MpaEdgeError:
     return error
 
 
-def _end_with_parent() -> None:
-    """End as soon as nobody waits any more, and what was started from here with it."""
-    sys.stdin.read()
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
-
-
 def main(module: str, merged: str, folder: str) -> None:
     """The other process' part: one line of JSON, with the differences or with an error of ours."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_whoever_started_us(group=True)
     try:
         answer: dict[str, object] = import_module(module).export_graphs(Path(merged), Path(folder))
     except MpaEdgeError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # not by way of the thread that reads, which would have to be waited for
+    os._exit(0)  # all is said: what torch and OpenVINO do as they are torn down is not waited for
 
 
 if __name__ == "__main__":

@@ -13,19 +13,20 @@ from mpa_edge.export.merge_weights import load_model
 def vision_half(merged: Path) -> Any:
     """The model of a folder without its text model and output head."""
     model = load_model(merged)
-    text = model.model.get_decoder()
-    for name in [name for name, child in model.model.named_children() if child is text]:
-        delattr(model.model, name)
-    del model.lm_head, text
-    gc.collect()
-    return model.float()
+    del model.lm_head
+    return _kept(model, text=False)
 
 
 def text_half(merged: Path) -> Any:
     """The model of a folder without what makes features of pictures."""
-    model = load_model(merged)
-    text = model.model.get_decoder()
-    for name in [name for name, child in model.model.named_children() if child is not text]:
+    return _kept(load_model(merged), text=True)
+
+
+def _kept(model: Any, *, text: bool) -> Any:
+    """In float32, of the model's parts only the text model, or only the others."""
+    decoder = model.model.get_decoder()
+    for name in [name for name, child in model.model.named_children() if (child is decoder) != text]:
         delattr(model.model, name)
+    del decoder
     gc.collect()
     return model.float()

@@ -21,7 +21,7 @@ ROWS = [Row(f"k{number}", "rouge é", 2, None, "stop", None, {"total": 1.25 / 3}
 PARENT = """
 import subprocess, sys
 from mpa_edge.benchmarks.measure import send
-code = "import time\\nfrom mpa_edge.benchmarks import worker\\ninput()\\nworker.end_with_whoever_started_us()\\n"
+code = "import time\\nfrom mpa_edge import orphan\\ninput()\\norphan.end_with_whoever_started_us()\\n"
 child = subprocess.Popen([sys.executable, "-c", code + "print(1)\\ntime.sleep(600)"], stdin=-1, stdout=-1)
 send(child, "{}")
 child.stdout.readline()
