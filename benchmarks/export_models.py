@@ -1,9 +1,9 @@
-"""Models in the true dimensions of SmolVLM-500M and Qwen2-VL-2B with random bfloat16 weights, and a random adapter.
+"""SmolVLM-500M, Qwen2-VL-2B and -7B in their true dimensions with random bfloat16 weights, and a random adapter.
 
 What an export costs depends on the dimensions only; these are the public `config.json`s'. Embeddings are larger than
 all that the layers add, and the output layer is the embedding: so the answers, the last token again and again, are the
 same at every precision, as a trained model's nearly are. Vocabularies have their true size. Pictures are one tile
-(SmolVLM) or at most 256 image tokens (Qwen2-VL).
+(SmolVLM) or at most 256 image tokens (Qwen2-VL), where nothing else is said.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ QWEN_TEXT: dict[str, Any] = {
     "vocab_size": 151936,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+QWEN_7B_TEXT = QWEN_TEXT | {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
 }
 QWEN_VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
 QWEN_TEMPLATE = (
@@ -60,39 +67,46 @@ def write_run(name: str, run: Path) -> Path:
     return base
 
 
-def _smolvlm() -> tuple[Any, Any]:
+def random_smolvlm(longest_edge: int = TILE) -> tuple[Any, Any]:
+    """(SmolVLM-500M, its processor); a longest edge of 2,048 pixels is the published model's."""
     from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
     tokenizer = full_tokenizer()
-    images = Idefics3ImageProcessorPil(size={"longest_edge": TILE}, max_image_size={"longest_edge": TILE})
+    images = Idefics3ImageProcessorPil(size={"longest_edge": longest_edge}, max_image_size={"longest_edge": TILE})
     processor = Idefics3Processor(images, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE)
     config = smolvlm_config("500M", image_token_id=processor.image_token_id, **_ids(tokenizer))
     return Idefics3ForConditionalGeneration(config), processor
 
 
-def _qwen2_vl() -> tuple[Any, Any]:
+def random_qwen2_vl(
+    text: dict[str, Any] = QWEN_TEXT, *, tied: bool = True, most_image_tokens: int = 256
+) -> tuple[Any, Any]:
+    """(a Qwen2-VL, its processor)."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     marks = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    tokenizer = full_tokenizer(QWEN_TEXT["vocab_size"] - len(marks))
+    tokenizer = full_tokenizer(text["vocab_size"] - len(marks))
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{mark}|>" for mark in marks.values()]})
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28 * 28, "longest_edge": 256 * 28 * 28})
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28 * 28, "longest_edge": most_image_tokens * 28 * 28})
     processor = without_videos(Qwen2VLProcessor)(images, tokenizer, chat_template=QWEN_TEMPLATE)
     tokens: dict[str, Any] = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in marks.items()
     }
     config = Qwen2VLConfig(
-        text_config={**QWEN_TEXT, **_ids(tokenizer)},
-        vision_config=QWEN_VISION,
-        tie_word_embeddings=True,
+        text_config={**text, **_ids(tokenizer)},
+        vision_config=QWEN_VISION | {"hidden_size": text["hidden_size"]},
+        tie_word_embeddings=tied,
         **tokens,
     )
     return Qwen2VLForConditionalGeneration(config), processor
 
 
-MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {"smolvlm-500m": _smolvlm, "qwen2-vl-2b": _qwen2_vl}
+MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "smolvlm-500m": random_smolvlm,
+    "qwen2-vl-2b": random_qwen2_vl,
+}
 
 
 def _ids(tokenizer: Any) -> dict[str, int]:

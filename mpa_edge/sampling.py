@@ -21,8 +21,9 @@ class RowSampling(LogitsProcessor):
     """Turns greedy decoding into sampling: leaves only the token that each row's own generator draws.
 
     One uniform number per row and step, looked up in the cumulated probabilities at `temperature`, of which the least
-    likely are cut off so that `top_p` remains (nucleus sampling, Holtzman et al. 2020). Computed in double precision on
-    the CPU, so that a batch's rounding does not decide the draw.
+    likely are cut off so that `top_p` remains (nucleus sampling, Holtzman et al. 2020). Computed where the scores are,
+    in double precision, so that a batch's rounding does not decide the draw. (A GPU sorts a batch of vocabularies of
+    150,000 tokens in milliseconds, a CPU core takes half a second.)
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
@@ -32,17 +33,22 @@ class RowSampling(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (rows, vocabulary) in, the same with all but one token per row at minus infinity out."""
-        chances = torch.softmax(scores.cpu().double() / self._temperature, dim=-1)
+        # Apple's GPU has no double precision.
+        precise = scores.cpu() if scores.device.type == "mps" else scores
+        chances = torch.softmax(precise.double() / self._temperature, dim=-1)
         if self._top_p < 1:
             chances = _nucleus(chances, self._top_p)
         sums = chances.cumsum(dim=-1)
-        draws = torch.tensor([[row.random()] for row in self._rows], dtype=torch.float64) * sums[:, -1:]
+        uniform = torch.tensor([[row.random()] for row in self._rows], dtype=torch.float64).to(sums.device)
+        draws = uniform * sums[:, -1:]
         chosen = torch.searchsorted(sums, draws, right=True).clamp(max=sums.shape[-1] - 1).to(scores.device)
         kept = torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
         return kept  # type: ignore[return-value]
 
 
 def _nucleus(chances: torch.Tensor, top_p: float) -> torch.Tensor:
-    ordered, places = chances.sort(dim=-1, descending=True)
+    """Tokens as likely as the last one that is needed stay with it."""
+    ordered = chances.sort(dim=-1, descending=True).values
     before = ordered.cumsum(dim=-1) - ordered
-    return chances.masked_fill((before >= top_p).gather(1, places.argsort(dim=-1)), 0.0)
+    last = (before < top_p).sum(dim=-1, keepdim=True) - 1
+    return chances.masked_fill(chances < ordered.gather(1, last), 0.0)
