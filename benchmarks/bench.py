@@ -85,6 +85,7 @@ def _bench(config: BenchConfig, say: Say | None) -> Path:
                 device=config.device,
                 fixed_length=config.fixed_length,
                 keep_timings=config.keep_timings,
+                trust_remote_code=config.trust_remote_code,
             )
             found = measure(variant, job, raw, tell)
             if variant.sweep_of:  # threads change the times only
@@ -161,6 +162,7 @@ def report_of(
             "max_new_tokens": task.max_new_tokens,
             "limit": config.limit,
             "seed": config.seed,
+            "trust_remote_code": config.trust_remote_code,
         },
         "host": machine,
         "variants": entries,

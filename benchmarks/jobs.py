@@ -70,6 +70,7 @@ class Job(Record):
     device: str = "auto"
     fixed_length: int | None = None
     keep_timings: bool = False
+    trust_remote_code: bool = False
 
 
 def asks(rows: Sequence[dict[str, Any]]) -> list[Ask]:

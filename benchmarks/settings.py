@@ -36,6 +36,9 @@ class BenchOptions(Settings):
         None, LATENCY, help="CPU threads per variant; 1,2,4 times each bundle with every number.", shown="all cores"
     )
     device: str = setting("auto", LATENCY, help="Where models run: auto, cpu, or an accelerator such as cuda.")
+    trust_remote_code: bool = setting(
+        False, help="Run Python code that a baseline's folder or hub page brings; report.json records it."
+    )
     fixed_length: int | None = setting(
         None, LATENCY, ge=1, help="Also time answers of exactly N tokens, to compare engines (not of chat servers)."
     )

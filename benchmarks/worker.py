@@ -88,7 +88,13 @@ def open_variant(job: Job) -> Vlm:
         return load(Path(job.spec), device=job.device, threads=job.threads, cache_mb=0)
     from mpa_edge.models import open_vlm
 
-    return open_vlm(job.spec, name=job.name, device=job.device, batch_size=job.batch_size)
+    return open_vlm(
+        job.spec,
+        name=job.name,
+        device=job.device,
+        batch_size=job.batch_size,
+        trust_remote_code=job.trust_remote_code,
+    )
 
 
 def work(

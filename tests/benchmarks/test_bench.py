@@ -12,8 +12,10 @@ import jsonschema
 import pytest
 
 from mpa_edge.benchmarks.bench import BenchConfig, bench
-from mpa_edge.benchmarks.jobs import whole_rows
+from mpa_edge.benchmarks.jobs import Job, whole_rows
+from mpa_edge.benchmarks.measure import Measured, Say, measure
 from mpa_edge.benchmarks.sample import items_of
+from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.worker import collect_answers
 from mpa_edge.errors import InputError, ModelError
 from mpa_edge.fake import open_fake
@@ -165,6 +167,21 @@ def test_a_model_that_changed_is_asked_again(labelled: Path, tmp_path: Path) -> 
     assert run(labelled, tmp_path / "report", baselines=[spec])["variants"][0]["accuracy"]["value"] == 1
     known.write_text(known.read_text().replace('"top ', '"nothing at the top '))
     assert run(labelled, tmp_path / "report", baselines=[spec])["variants"][0]["accuracy"]["value"] == 0.5
+
+
+def test_code_that_a_model_brings_is_for_the_flag_to_allow_and_the_report_says_so(
+    road: tuple[Path, dict[str, Any]], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert road[1]["settings"]["trust_remote_code"] is False
+    jobs = []
+
+    def watched(variant: Variant, job: Job, raw: Path, say: Say) -> Measured:
+        jobs.append(job)
+        return measure(variant, job, raw, say)
+
+    monkeypatch.setattr("mpa_edge.benchmarks.bench.measure", watched)
+    found = run(labelled, tmp_path, baselines=[fake(labelled)], limit=5, trust_remote_code=True)
+    assert found["settings"]["trust_remote_code"] is jobs[0].trust_remote_code is True
 
 
 def test_refusals_count_as_wrong_and_are_counted(labelled: Path, tmp_path: Path) -> None:

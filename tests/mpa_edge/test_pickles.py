@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mpa_edge.benchmarks.jobs import Job
+from mpa_edge.benchmarks.worker import open_variant
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import MpaEdgeError
 from mpa_edge.export.merged import open_source
@@ -91,4 +94,18 @@ def test_code_of_a_model_runs_by_the_flag_only(
     assert trusting.to_json()["trust_remote_code"] is True  # which is what run.json holds
     with pytest.raises(MpaEdgeError):  # it is no model of a kind that transformers could make of this
         open_student(trusting, trusting.student)
+    assert made.exists()
+
+
+def test_bench_too_runs_it_by_the_flag_only(
+    with_code: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = with_code
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    job = Job("student", str(folder), 1, 8, 1, [], [], [], device="cpu")
+    with pytest.raises(MpaEdgeError, match="custom code"):
+        open_variant(job)
+    assert not made.exists()
+    with pytest.raises(MpaEdgeError):
+        open_variant(replace(job, trust_remote_code=True))
     assert made.exists()
