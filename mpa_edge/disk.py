@@ -14,6 +14,8 @@ SAID_CLOSED = re.compile(
     "|".join(rf"{re.escape(os.strerror(number))} \(os error {number}\)" for number in CLOSED)
     + "|^attempt to write a readonly database$|^unable to open database file$|^disk I/O error$"
 )
+# Somebody copies the folder for longer than we wait, or a network disk without locks.
+SAID_LOCKED = re.compile(r"^database (table )?is locked|^locking protocol$")
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -32,6 +34,8 @@ def disk_trouble(error: BaseException | None) -> str | None:
             return f"{prefix}{(one.strerror or str(one)).lower()}"
         if found := SAID_CLOSED.search(str(one)):
             return f"{prefix}{found[0].lower()}"
+        if SAID_LOCKED.search(str(one)):
+            return "the run's .scan.sqlite is locked: another program reads or copies it, or this disk keeps no locks"
     return None
 
 

@@ -24,8 +24,10 @@ from mpa_edge.disk import disk_trouble
 from mpa_edge.errors import AGAIN, MpaEdgeError
 from mpa_edge.terminal import in_one_line, shown
 
-# What a service manager, a batch system or a closed terminal sends; Python would die of them without a word.
-ENDING = ("SIGTERM", "SIGHUP")
+# What Ctrl-C, a service manager, a batch system or a closed terminal sends; of most Python would die without a word.
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
+# What we send ourselves where one was lost, and after how long.
+REMINDER, REMIND_SECONDS = "SIGALRM", 0.1
 
 
 class Ended(KeyboardInterrupt):
@@ -62,22 +64,43 @@ def resumable() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+    """Raise `Ended` where a signal asks for the end.
+
+    Python drops what is raised in a `__del__`, or in a callback of the garbage collector or a C library. Then it is
+    raised again soon, and at the end, where nobody answered it."""
     if threading.current_thread() is not threading.main_thread():
-        numbers = []
+        yield
+        return
+    asked: list[int] = []
+
+    def answer(number: int, frame: FrameType | None) -> NoReturn:
+        if not asked or number != numbers.get(REMINDER):
+            asked.append(number)
+        raise Ended(asked[-1])
+
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, Ended):
+            tell(what)
+        elif numbers.get(REMINDER) in before:
+            signal.setitimer(signal.ITIMER_REAL, REMIND_SECONDS)
+
+    numbers = {name: getattr(signal, name) for name in (*ENDING, REMINDER) if hasattr(signal, name)}
     # One that is ignored stays so: nohup.
-    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, _raise)
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in numbers.values() if signal.getsignal(number) in usual}
+    for number in before:
+        signal.signal(number, answer)
+    tell, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
+        if asked:
+            raise Ended(asked[-1])
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    raise Ended(number)
+        sys.unraisablehook = tell
+        if asked and numbers.get(REMINDER) in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(line: str, code: int) -> NoReturn:

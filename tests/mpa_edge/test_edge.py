@@ -51,6 +51,35 @@ def test_a_signal_ends_in_one_line_after_tidying_up(name: str, code: int) -> Non
     assert told == "\nStopped. What is finished is kept: type the same command again to go on.\n"
 
 
+# The signal that `sys.argv[1]` names comes in a `__del__`; {rest} is what the program does afterwards.
+DROPPED = """
+import signal, sys, time
+from mpa_edge import edge
+for number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Old:
+    def __del__(self):
+        signal.raise_signal(getattr(signal, sys.argv[1]))
+        time.sleep(0)
+with edge.resumable():
+    Old()
+    print("lost", flush=True)
+    {rest}
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("rest", ["time.sleep(600)", "pass"])
+def test_a_signal_that_python_drops_ends_all_the_same(name: str, code: int, rest: str) -> None:
+    """What a `__del__` raises becomes "Exception ignored in"; the program went on and ended with 0."""
+    command = [sys.executable, "-c", DROPPED.format(rest=rest), name]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    told = "\nStopped. What is finished is kept: type the same command again to go on.\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "lost\n", told)
+
+
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -82,6 +111,10 @@ def in_sqlite() -> None:
     raise sqlite3.OperationalError("database or disk is full")
 
 
+def locked_in_sqlite() -> None:
+    raise sqlite3.OperationalError("database is locked")
+
+
 def closed_in_sqlite() -> None:
     raise sqlite3.OperationalError("attempt to write a readonly database")
 
@@ -102,6 +135,10 @@ def underneath() -> None:
         (closed_in_rust, "error: permission denied (os error 13)."),
         (in_sqlite, "error: no space left on the disk."),
         (closed_in_sqlite, "error: attempt to write a readonly database."),
+        (
+            locked_in_sqlite,
+            "error: the run's .scan.sqlite is locked: another program reads or copies it, or this disk keeps no locks.",
+        ),
         (underneath, "error: /photos/run/part-00003.jsonl: no space left on the disk."),
     ],
 )
