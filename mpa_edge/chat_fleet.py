@@ -5,7 +5,8 @@ time-out), one more after as many answers as there are requests at once, never m
 rule (additive increase, multiplicative decrease), by which several clients also come to share a server. A Retry-After
 keeps new requests away for so long. A server that cannot be reached, or behind whose address nobody answers (502, 503),
 is left out for a second, then two, up to half a minute; its requests go to the others at once, since it did nothing of
-them. Without that, one that fails at once would look idle and draw them all.
+them. So is one that failed (500 and the like) a few times in a row: one alone may be the picture's fault. Without that,
+one that fails at once would look idle and draw them all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import openai
 
 OVERLOADED = (429, 502, 503, 504)
 ABSENT = (502, 503)
+# So many other failures (500 …) without an answer in between are the server's fault.
+BROKEN_AFTER = 4
 LONGEST_REST = 120.0
 LONGEST_ABSENCE = 30.0
 # How soon a request that waits for room sees that it is no longer wanted.
@@ -38,6 +41,7 @@ class Server:
     rests_until: float = 0.0
     missed_at: float = 0.0
     misses: int = 0
+    failed: int = 0
 
     def __post_init__(self) -> None:
         self.limit = float(self.most)
@@ -53,6 +57,10 @@ class Server:
 
     def answered(self, started: float, status: int, retry_after: float) -> None:
         """What an answer to a request that was sent at `started` says about it."""
+        self.failed = self.failed + 1 if status >= 500 and status not in OVERLOADED else 0
+        if self.failed >= BROKEN_AFTER:
+            self.missed(started)
+            return
         if status in OVERLOADED:
             self.slow_down(started)
             if status in ABSENT and not retry_after:

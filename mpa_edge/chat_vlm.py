@@ -16,8 +16,9 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,8 @@ from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding, Timings
 CONNECT_SECONDS = 10.0
 # How long a server may take to say that it is there.
 ALIVE_SECONDS = 30.0
+# How long requests on their way are waited for when a call ends sooner than they.
+LEAVE_SECONDS = 2.0
 # So many failed requests in a row, without one answer, are the server's fault and not the pictures'.
 FAILED_IN_A_ROW = 8
 GO_ON = f"What is finished is kept: {AGAIN} to go on."
@@ -82,7 +85,7 @@ class ChatVlm:
         self.max_requests = max_requests
         # As many pictures as a caller should have open at once: more than are on their way, so that none waits long.
         self._url, _ = parse_spec(url)
-        self._fleet = Fleet(self._url.split(","), concurrency, self._halt_if_stopped)
+        self._fleet = Fleet(self._url.split(","), concurrency, self._halt_if_over)
         first = self._fleet.servers[0].url
         self.concurrency = concurrency * len(self._fleet.servers)
         self.batch_size = 2 * self.concurrency
@@ -91,7 +94,7 @@ class ChatVlm:
         keys = [api_key(server.url) for server in self._fleet.servers]
         self._key = keys[0]  # several servers share one
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._call = threading.local()  # `over` is set once a thread's call needs nothing any more
         self._failed = 0
         self._met = False
         self._client = openai.OpenAI(
@@ -144,7 +147,8 @@ class ChatVlm:
         self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
     ) -> list[Answer]:
         """As `Vlm.answer`, at most `concurrency` requests at a time. The time of an answer is from the first attempt to
-        the end. After an error that ends the call, nothing new is sent; requests on their way are waited for.
+        the end. After an error that ends the call, or Ctrl-C, nothing new is sent; requests on their way are waited for
+        for a moment, and left behind if they take longer.
 
         Before the first question the server must say that it is there, or `ModelError` comes in seconds.
         """
@@ -152,19 +156,36 @@ class ChatVlm:
             raise InputError(f"{len(images)} pictures and {len(prompts)} prompts")
         if not self._met:
             self.served()
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="chat") as pool:
-            futures = [pool.submit(self._ask, *pair, decoding) for pair in zip(images, prompts, strict=True)]
+        futures: list[Future[Answer]] = [Future() for _ in images]
+        waiting, over = deque(zip(futures, images, prompts, strict=True)), threading.Event()
+        try:
+            for _ in range(min(self.concurrency, len(waiting))):
+                threading.Thread(target=self._work, args=(waiting, decoding, over), name="chat", daemon=True).start()
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for error in filter(None, (future.exception() for future in done)):
+                raise error
+            return [future.result() for future in futures]
+        except BaseException:  # Ctrl-C too
+            over.set()
+            wait([future for future in futures if future.running()], LEAVE_SECONDS)
+            raise
+
+    def _work(
+        self, waiting: deque[tuple[Future[Answer], Image.Image, str]], decoding: Decoding, over: threading.Event
+    ) -> None:
+        """What a thread does: ask until nothing waits. A daemon, unlike those of a pool: the process must be able to
+        end while a server keeps it waiting."""
+        self._call.over = over
+        while not over.is_set():
             try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for error in filter(None, (future.exception() for future in done)):
-                    raise error
-                return [future.result() for future in futures]
-            except BaseException:  # Ctrl-C too
-                self._stopped.set()
-                pool.shutdown(cancel_futures=True)
-                raise
-            finally:
-                self._stopped.clear()
+                future, image, prompt = waiting.popleft()
+            except IndexError:
+                return
+            future.set_running_or_notify_cancel()
+            try:
+                future.set_result(self._ask(image, prompt, decoding))
+            except BaseException as error:
+                future.set_exception(error)
 
     def describe(self) -> dict[str, Any]:
         """As `Vlm.describe`. The address is left out: a rented server comes back under another one, same model.
@@ -200,7 +221,7 @@ class ChatVlm:
 
     def _count(self, request: Any) -> None:
         """Called before each attempt."""
-        self._halt_if_stopped()
+        self._halt_if_over()
         if request.method != "POST":
             return
         with self._lock:
@@ -208,8 +229,9 @@ class ChatVlm:
                 raise Halt(BudgetSpent(self.max_requests))
             self.sent += 1
 
-    def _halt_if_stopped(self) -> None:
-        if self._stopped.is_set():
+    def _halt_if_over(self) -> None:
+        over = getattr(self._call, "over", None)
+        if over and over.is_set():
             raise Halt
 
     def _failure(self, error: openai.APIError) -> Answer:

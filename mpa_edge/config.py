@@ -62,7 +62,9 @@ class AlignConfig(Settings):
     out: Path | None = setting(None, help="The run's folder.", shown="runs/TASK-STUDENT")
     limit: int | None = setting(None, ge=1, help="Use the first N pictures only.")
     seed: int = setting(0, ge=0, help="Same seed, same run.")
-    fresh: bool = setting(False, help="Start over instead of going on where a run stopped.")
+    fresh: bool = setting(
+        False, help="Start over instead of going on where a run stopped; deletes the run in --mirror too."
+    )
 
     metrics_file: Path | None = setting(
         None, help="Also keep progress here for Prometheus (node_exporter's textfile collector: NAME.prom)."
@@ -85,6 +87,7 @@ class AlignConfig(Settings):
     )
     max_requests: int | None = setting(None, MODELS, ge=1, help="Stop, resumably, after N requests to a chat server.")
     concurrency: int = setting(8, MODELS, ge=1, le=256, help="Requests to each chat server at once, at most.")
+    teacher_timeout: float = setting(180, MODELS, gt=0, help="Seconds that a chat server has for one answer.")
     batch_size: int = setting(32, MODELS, ge=1, help="Pictures asked at once; halved when memory runs out.")
     device: Device = setting("auto", MODELS, help="Where transformers models run.")
     dtype: Dtype = setting("auto", MODELS, help="Their precision; auto is float32 on a CPU, bfloat16 elsewhere.")

@@ -37,6 +37,7 @@ def open_vlm(
     longest_edge: int | None = None,
     max_requests: int | None = None,
     concurrency: int = 8,
+    timeout: float = 180.0,
     trust_remote_code: bool = False,
 ) -> Vlm:
     """Open the model that a spec names.
@@ -45,10 +46,10 @@ def open_vlm(
     folder with `bundle.json` goes to the runtime, one with `adapter_config.json` is a peft adapter that is put on its
     base, one with `config.json` is a transformers model; anything else is a hub id. `name` is how reports call it.
 
-    `device`, `dtype` and `batch_size` matter to transformers models only and `concurrency` to chat servers only; the
-    others pass them over. `trust_remote_code` runs code that a transformers model brings. The rest changes what a model
-    answers or costs, so it must fit: `four_bit` (weights in NF4) transformers models, `max_requests` chat servers,
-    `longest_edge` (pixels) both.
+    `device`, `dtype` and `batch_size` matter to transformers models only, `concurrency` and `timeout` (seconds for one
+    answer) to chat servers only; the others pass them over. `trust_remote_code` runs code that a transformers model
+    brings. The rest changes what a model answers or costs, so it must fit: `four_bit` (weights in NF4) transformers
+    models, `max_requests` chat servers, `longest_edge` (pixels) both.
 
     Raises `InputError` for a path at which no model lies and for a setting that does not fit, `ModelError` for a model
     that cannot be loaded, and `MissingExtra`. Whether a server answers shows when it is asked first: that is here only
@@ -62,7 +63,12 @@ def open_vlm(
         return _open_bundle(Path(spec).expanduser(), name)
     if kind == "server":
         return _open_server(
-            spec, name=name, longest_edge=longest_edge, max_requests=max_requests, concurrency=concurrency
+            spec,
+            name=name,
+            longest_edge=longest_edge,
+            max_requests=max_requests,
+            concurrency=concurrency,
+            timeout=timeout,
         )
     return _open_transformers(
         spec,

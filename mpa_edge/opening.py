@@ -43,6 +43,7 @@ def open_teacher(config: AlignConfig) -> Vlm:
         four_bit=config.teacher_4bit,
         max_requests=config.max_requests,
         concurrency=config.concurrency,
+        timeout=config.teacher_timeout,
     )
 
 

@@ -172,6 +172,26 @@ def test_one_that_fails_at_once_leaves_the_work_to_the_other(peers: Callable[...
     vlm.close()
 
 
+def test_one_that_answers_500_at_once_does_not_draw_the_work(peers: Callable[..., Peer]) -> None:
+    """It looks idle; each request went there until its attempts were used up, and then the run ended."""
+    broken, sound = peers("a", 0, 0.0, 500), peers("b")
+    vlm = ChatVlm(f"{broken.url},{sound.url}", "only", concurrency=4, max_retries=3)
+    answers = vlm.answer([RED] * 60, [str(number) for number in range(60)])
+    assert [answer.text for answer in answers] == [f"b {number}" for number in range(60)]
+    assert 0 < broken.counts()["asked"] <= 24
+    vlm.close()
+
+
+def test_a_picture_that_a_server_fails_at_keeps_no_other_from_it() -> None:
+    fleet = Fleet(["http://a/v1", "http://b/v1"], 4)
+    server = fleet.servers[0]
+    for status in (500, 500, 500, 200, 500, 500, 500):
+        server.answered(time.monotonic(), status, 0.0)
+        assert server.has_room(time.monotonic())
+    server.answered(time.monotonic(), 500, 0.0)
+    assert not server.has_room(time.monotonic())
+
+
 def test_one_that_fails_at_once_rests_longer_with_each_wave_until_it_answers() -> None:
     fleet = Fleet(["http://a/v1", "http://b/v1"], 4)
     sound, broken = fleet.servers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 import socket
 import struct
 import subprocess
@@ -34,7 +35,7 @@ from mpa_edge.bundle import read_bundle, write_bundle
 from mpa_edge.chat_address import api_key, parse_spec
 from mpa_edge.chat_messages import ENCODING, PNG_PIXELS, data_url, request_of
 from mpa_edge.chat_vlm import FAILED_IN_A_ROW, ChatVlm
-from mpa_edge.errors import BudgetSpent, InputError, ModelError
+from mpa_edge.errors import AGAIN, BudgetSpent, InputError, ModelError
 from mpa_edge.identify import Identifier
 from mpa_edge.models import open_vlm
 from mpa_edge.parts import open_parts, read_parts
@@ -319,6 +320,50 @@ def test_a_server_that_only_fails_is_not_asked_thousands_of_times(action: Any) -
     ):
         ask(server, *"?" * 1000, max_retries=0, timeout=0.2, concurrency=4)
     assert FAILED_IN_A_ROW <= len(server.asked) <= FAILED_IN_A_ROW + 8
+
+
+ASKING = """
+import signal, sys
+from PIL import Image
+from mpa_edge import edge
+from mpa_edge.models import open_vlm
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with edge.resumable():
+    vlm = open_vlm(sys.argv[1] + "#only", concurrency=3, timeout=1000)
+    vlm.answer([Image.new("RGB", (8, 8))] * 9, "?" * 9)
+"""
+
+
+def test_ctrl_c_waits_for_no_server() -> None:
+    """It waited for each request on its way: up to the time-out, and through all pauses between attempts."""
+    with serving(lambda request, number: "hang" if number < 3 else (429, {}, {"Retry-After": "100"})) as server:
+        command = [sys.executable, "-c", ASKING, server.url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                while len(server.asked) < 3 and process.poll() is None:
+                    time.sleep(0.05)
+                started = time.monotonic()
+                process.send_signal(signal.SIGINT)
+                _, told = process.communicate(timeout=100)
+                took = time.monotonic() - started
+            finally:
+                process.kill()
+    assert (process.returncode, told) == (130, "\nStopped. What is finished is kept: " + AGAIN + " to go on.\n")
+    assert len(server.asked) == 3
+    assert took < 25  # the server hangs for 30 s
+
+
+def test_what_a_call_left_behind_sends_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpa_edge.chat_vlm.LEAVE_SECONDS", 0.1)
+    said = {"late": "hang", "bad": (401, {}), "good": reply()}
+    with serving(lambda request, number: said[prompt_of(request)]) as server:
+        vlm = ChatVlm(server.url, "only", max_retries=5, timeout=1.0)
+        with pytest.raises(ModelError, match="HTTP 401"):
+            vlm.answer([RED] * 2, ["late", "bad"])
+        assert vlm.answer([RED], ["good"])[0].text == "red"  # not that this call is over
+        time.sleep(2.0)  # "late" would have been tried again by now
+        vlm.close()
+        assert server.prompts.count("late") == 1
 
 
 @pytest.mark.parametrize(
