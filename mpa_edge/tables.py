@@ -97,12 +97,17 @@ def picture_bytes(value: Any, root: Path, most: int) -> bytes:
 
 def _read(path: Path, root: Path, most: int) -> bytes:
     """A file that a row names. A foreign table must not make us send any file of this machine to a teacher."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ImageError("row", "outside_folder", f"{path} is not in {root}")
-    if not path.is_file():
-        raise ImageError("row", "missing", os.fspath(path))
-    with path.open("rb") as file:
-        return file.read(most + 1)
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ImageError("row", "outside_folder", f"{path} is not in {root}")
+        if not path.is_file():
+            raise ImageError("row", "missing", os.fspath(path))
+        with path.open("rb") as file:
+            return file.read(most + 1)
+    except ImageError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a NUL
+        raise ImageError("row", "unreadable", getattr(error, "strerror", None) or str(error)) from error
 
 
 def name_of(data: bytes) -> str:

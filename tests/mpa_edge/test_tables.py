@@ -107,6 +107,18 @@ def test_bad_rows_are_left_out_with_their_place_and_reason(tmp_path: Path) -> No
     assert skipped[2].detail == f"same content as {source}:1"
 
 
+def test_a_path_that_no_file_can_have_costs_its_row_only(tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "good.png").write_bytes(encoded(9))
+    column = ["a\0b.png", "x" * 5000 + ".png", "loop.png", "good.png"]
+    source = write_parquet(tmp_path / "photos.parquet", column)
+    samples, skipped = scan_images(source, store=tmp_path / "store")
+    assert contents(samples) == [encoded(9)]
+    rows = [(item.path, item.reason) for item in skipped]
+    assert [path for path, _ in rows] == [f"{source}:{number}" for number in (1, 2, 3)]
+    assert {reason for _, reason in rows} <= {"unreadable", "missing"}
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A dataset on disk whose Image feature holds the files' bytes."""
