@@ -4,11 +4,12 @@
     python -m mpa_edge.benchmarks.scale --cost             the table and the model of cost, from that file
 
 The models are fakes, which answer at once; pictures are scanned, opened, asked about (one question each), compared,
-selected and written as in any run, up to the training set. Each figure is of a process of its own: `peak_rss_mb` is the
-most resident memory it ever had, `imported_mb` what it was before it did anything. `us_per_row` are microseconds of CPU
-for a picture with its question, fakes included; `opening_us` of them go to opening the picture four times (scan,
-teacher, teacher, student), which a photo takes milliseconds for and a model that sees it far more. CPU seconds are what
-other work on the machine stretches least, so both they and those of the clock are given.
+selected and written as in any run, up to the training set; then the audit page is written. Each figure is of a process
+of its own: `peak_rss_mb` is the most resident memory it ever had, `imported_mb` what it was before it did anything.
+`us_per_row` are microseconds of CPU for a picture with its question up to the training set, fakes included;
+`opening_us` of them go to opening the picture four times (scan, teacher, teacher, student), which a photo takes
+milliseconds for and a model that sees it far more. CPU seconds are what other work on the machine stretches least, so
+both they and those of the clock are given.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Annotated, Any, cast
 import typer
 from PIL import Image
 
+from mpa_edge.audit import audit_run
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.scale_cost import CostModel
 from mpa_edge.config import AlignConfig
@@ -122,9 +124,12 @@ def measure(out: Path, count: int) -> dict[str, Any]:
     )
     start = time.perf_counter()
     made = make_training_set(config, Writer(), Guesser())
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - before
+    audit_run(config.run)
     return {
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - before, 2),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 2),
+        "audit_s": round(time.perf_counter() - start - seconds, 1),
         "opening_us": _opening_us(out / "pictures", min(count, 2000)),
         "peak_rss_mb": _rss_mb(),
         "imported_mb": imported,
@@ -183,6 +188,7 @@ def _row(count: int, first: dict[str, Any], resumed: dict[str, Any], run: Path) 
         "opening_us": first["opening_us"],
         "resume_s": resumed["seconds"],
         "resume_cpu_s": resumed["cpu_seconds"],
+        "audit_s": first["audit_s"],
         "bytes_per_row": round(sum(files) / count),
         "parts": len(parts),
         "largest_part_kb": round(max(parts) / 1000),
@@ -204,12 +210,10 @@ def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def told(report: dict[str, Any]) -> str:
     """The table, and the model of cost that follows from the largest run."""
-    lines = [f"{'rows':>10} {'peak MB':>8} {'us/row':>7} {'opening':>8} {'resume s':>9} {'B/row':>6} {'parts':>6}"]
-    lines += [
-        f"{row['rows']:>10,} {row['peak_rss_mb']:>8} {row['us_per_row']:>7} {row['opening_us']:>8} "
-        f"{row['resume_s']:>9} {row['bytes_per_row']:>6} {row['parts']:>6}"
-        for row in report["rows"]
-    ]
+    names = ("rows", "peak MB", "us/row", "opening", "resume s", "audit s", "B/row", "parts")
+    keys = ("rows", "peak_rss_mb", "us_per_row", "opening_us", "resume_s", "audit_s", "bytes_per_row", "parts")
+    lines = [" ".join(f"{name:>9}" for name in names)]
+    lines += [" ".join(f"{row[key]:>9,}" for key in keys) for row in report["rows"]]
     last = report["rows"][-1]
     model = CostModel(us_per_row=last["us_per_row"], bytes_per_row=last["bytes_per_row"])
     lines += [f"memory of the largest to that of the smallest: {report['memory_most_to_least']}", "", *model.lines()]

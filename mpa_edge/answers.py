@@ -72,10 +72,19 @@ _PERIODS_AT_MOST = int(re.UNICODE)
 
 def normalize_vqa(text: str) -> str:
     """The answer as the VQA evaluation compares it: no case, punctuation or articles, digits for number words."""
+    return _normalize_short(text) if len(text) <= _SHORT else _normalize(text)
+
+
+def _normalize(text: str) -> str:
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = _strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = (_NUMBERS.get(word, word) for word in text.split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+# A run asks for the same answer, and about the same question, several times in a row.
+_SHORT = 256
+_normalize_short = lru_cache(maxsize=4096)(_normalize)
 
 
 def _strip_punctuation(text: str) -> str:

@@ -2,8 +2,7 @@
 
 One HTML file that needs nothing else: no network, no other files, readable without JavaScript. All rows are counted; a
 sample of them is shown, drawn evenly from the verdicts and, within them, from the reasons, so that what is rare is seen
-too. Rows are read from disk one by one: a run of a hundred thousand pictures takes no more memory than a small one, but
-for 17 bytes a question.
+too. Rows are read from disk one by one: a run of a million pictures takes no more memory than a small one.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -119,12 +119,14 @@ def audit_run(path: Path, *, rounds: int | None = None, limit: int = CARDS) -> P
     there is no run, or a stage of it is not finished.
     """
     run, content = RunFolder(path), read_run(path)
-    sampler, favourites = Sampler(limit), Favourites()
+    sampler = Sampler(limit)
     before = _count_before(run, sampler)
     folders = _rounds(run, content)[:rounds]
     counts = [_count_round(folder) for folder in folders[:-1]]
-    if folders:
-        counts.append(_count_round(folders[-1], sampler, favourites))
+    with closing(Favourites()) as favourites:
+        if folders:
+            counts.append(_count_round(folders[-1], sampler, favourites))
+        often = favourites.table(read_parts(folders[-1].cases, Case) if folders else ())
     for number, each in enumerate(counts, 1):
         each.held_out = held_out(content, number)
     script = _template("audit.js.j2").render()
@@ -137,7 +139,7 @@ def audit_run(path: Path, *, rounds: int | None = None, limit: int = CARDS) -> P
         rounds=counts,
         verdicts=verdict_rows(counts, before.rejected.total()),
         histograms=histograms(counts[-1]) if counts else [],
-        favourites=favourites.table(read_parts(folders[-1].cases, Case) if folders else ()),
+        favourites=often,
         cards=_cards(run, sampler.picked()),
         rows=before.rejected.total() + (counts[-1].verdicts.total() if counts else 0),
         script=Markup(script),

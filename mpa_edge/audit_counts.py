@@ -13,6 +13,8 @@ from mpa_edge.records import Case
 BINS = 10
 # More reasons than these of one step are counted together.
 MOST_REASONS = 8
+# More errors than these are not told apart: what servers say when they fail can be anything.
+MOST_ERRORS = 1000
 
 # What the verdicts say. The order is that of the page.
 VERDICTS = {
@@ -93,7 +95,8 @@ class Round:
         self.verdicts[case.verdict] += 1
         self.collapsed += collapsed
         if case.verdict == "error":
-            self.errors[case.reason or "unknown"] += 1
+            reason = case.reason or "unknown"
+            self.errors[reason if reason in self.errors or len(self.errors) < MOST_ERRORS else "others"] += 1
             return
         if len(case.votes) > 1:
             self.votes[round(case.teacher_score * len(case.votes)), len(case.votes)] += 1

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from array import array
+import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mpa_edge.collapse import keys_of
 from mpa_edge.records import Case
 
 MOST = 10
 ANSWERS = 3
-
-Keys = NDArray[np.uint64]
+# SQLite's integers have a sign.
+_HALF = 1 << 63
 
 
 class Favourites:
     """Counts questions by what is left of them without fillers, as the cap on favourites does (`mpa_edge.collapse`).
 
-    The rows are read twice: `add` keeps 17 bytes of each, `table` finds the words for the few that are shown.
+    The rows are read twice: `add` keeps their keys in a temporary database on disk, so that memory does not grow with
+    them, `table` finds the words for the few that are shown.
     """
 
     def __init__(self) -> None:
-        self._questions, self._pairs, self._over = array("Q"), array("Q"), bytearray()
+        # SQLite's own name for a database that lies in a temporary file is the empty one.
+        self._database = sqlite3.connect("", isolation_level=None)
+        self._database.executescript(
+            """PRAGMA temp_store = FILE; PRAGMA journal_mode = OFF;
+               CREATE TABLE asked (question INTEGER, pair INTEGER, collapsed INTEGER); BEGIN"""
+        )
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._database.close()
 
     def add(self, case: Case, collapsed: bool) -> None:
         """Count a question; `collapsed` says whether the cap dropped it."""
         question, pair = keys_of(case.question, case.answer)
-        self._questions.append(question)
-        self._pairs.append(pair)
-        self._over.append(collapsed)
+        self._database.execute("INSERT INTO asked VALUES (?, ?, ?)", (question - _HALF, pair - _HALF, collapsed))
 
     def table(self, cases: Iterable[Case]) -> dict[str, Any]:
         """What comes more than once, the commonest first, given the same rows in the same order once more.
@@ -41,36 +46,51 @@ class Favourites:
         `total`, `different` and `dropped` count questions; each row of `questions` and `pairs` has its `question`,
         `count`, `share` in percent and `dropped`, and its commonest `answers` or its `answer`.
         """
-        questions = np.frombuffer(self._questions, np.uint64)
-        pairs = np.frombuffer(self._pairs, np.uint64)
-        over = np.frombuffer(self._over, np.uint8)
-        often = [item for item in _commonest(questions, MOST) if item[1] > 1]
-        answers = {key: _commonest(pairs[questions == key], ANSWERS) for key, _ in often}
-        twice = [item for item in _commonest(pairs, MOST) if item[1] > 1]
-        words = self._words(cases, {key for key, _ in often}, {*_keys(*answers.values()), *_keys(twice)})
-        share = 100 / max(len(questions), 1)
+        total, dropped = self._rows("SELECT count(*), coalesce(sum(collapsed), 0) FROM asked")[0]
+        ((different,),) = self._rows("SELECT count(*) FROM (SELECT 1 FROM asked GROUP BY question)")
+        often, twice = self._commonest("question"), self._commonest("pair")
+        answers = {key: self._answers(key) for key, *_ in often}
+        pairs = {pair for rows in (twice, *answers.values()) for pair, *_ in rows}
+        words = self._words(cases, {key for key, *_ in often}, pairs)
+        share = 100 / max(total, 1)
         return {
-            "total": len(questions),
-            "different": len(np.unique(questions)),
-            "dropped": int(over.sum()),
+            "total": total,
+            "different": different,
+            "dropped": dropped,
             "questions": [
                 {
                     "question": words[key][0],
-                    **_counts(count, share, over[questions == key]),
+                    **_counts(count, share, over),
                     "answers": [{"answer": words[pair][1], "count": times} for pair, times in answers[key]],
                 }
-                for key, count in often
+                for key, count, over in often
             ],
             "pairs": [
-                {"question": words[key][0], "answer": words[key][1], **_counts(count, share, over[pairs == key])}
-                for key, count in twice
+                {"question": words[key][0], "answer": words[key][1], **_counts(count, share, over)}
+                for key, count, over in twice
             ],
         }
+
+    def _commonest(self, column: str) -> list[Any]:
+        """Key, count, and how many of them were dropped."""
+        return self._rows(
+            f"""SELECT {column}, count(*), sum(collapsed) FROM asked GROUP BY 1 HAVING count(*) > 1
+                ORDER BY 2 DESC, 1 LIMIT {MOST}"""
+        )
+
+    def _answers(self, question: int) -> list[Any]:
+        """The commonest pairs of a question with their counts."""
+        query = f"SELECT pair, count(*) FROM asked WHERE question = ? GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {ANSWERS}"
+        return self._rows(query, question)
+
+    def _rows(self, query: str, *values: int) -> list[Any]:
+        return self._database.execute(query, values).fetchall()
 
     def _words(self, cases: Iterable[Case], questions: set[int], pairs: set[int]) -> dict[int, tuple[str, str]]:
         """Question and answer in the commonest of the wordings that count as one."""
         wordings: dict[int, Counter[tuple[str, str]]] = defaultdict(Counter)
-        for case, question, pair in zip(cases, self._questions, self._pairs, strict=True):
+        keys = self._database.execute("SELECT question, pair FROM asked ORDER BY rowid")
+        for case, (question, pair) in zip(cases, keys, strict=True):
             if question in questions:
                 wordings[question][case.question, ""] += 1
             if pair in pairs:
@@ -78,15 +98,5 @@ class Favourites:
         return {key: min(found, key=lambda words: (-found[words], words)) for key, found in wordings.items()}
 
 
-def _commonest(keys: Keys, count: int) -> list[tuple[int, int]]:
-    found, times = np.unique(keys, return_counts=True)
-    order = np.lexsort((found, -times))[:count]
-    return [(int(found[place]), int(times[place])) for place in order]
-
-
-def _keys(*lists: list[tuple[int, int]]) -> set[int]:
-    return {key for items in lists for key, _ in items}
-
-
-def _counts(count: int, share: float, over: NDArray[np.uint8]) -> dict[str, Any]:
-    return {"count": count, "share": count * share, "dropped": int(over.sum())}
+def _counts(count: int, share: float, dropped: int) -> dict[str, Any]:
+    return {"count": count, "share": count * share, "dropped": dropped}

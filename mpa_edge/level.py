@@ -13,6 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ class _Training:
             if state.epochs_without_gain >= config.patience:
                 return
             steps = self._data.batches(self._train, _rows_per_step(config), f"{config.seed} {epoch}")
-            yield from steps[state.step % self._steps_per_epoch :]
+            yield from islice(steps, state.step % self._steps_per_epoch, None)
 
     def _step(self, rows: list[int]) -> None:
         state = self._state
@@ -304,7 +305,6 @@ def _refuse_many_dropped(dropped: dict[str, str], rows: int) -> None:
 def _fingerprint(
     student: TransformersVlm, examples: Sequence[Example], config: AlignConfig, rate: float, start: Path | None
 ) -> dict[str, Any]:
-    rows = [[item.id, item.prompt, item.answer] for item in examples]
     facts = student.describe()
     if start is not None:
         # Which weights it carries at the moment does not matter: it gets those of `start`.
@@ -313,7 +313,17 @@ def _fingerprint(
         "stage": "level",
         "student": {key: value for key, value in facts.items() if key != "adapter"},
         "start": digest_of_trained(start) if start is not None else None,
-        "examples": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "examples": _digest(examples),
         "learning_rate": rate,
         **{name: getattr(config, name) for name in SHAPING},
     }
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """The SHA-256 of the rows as one JSON list, of which one row is in memory at a time."""
+    digest, between = hashlib.sha256(b"["), b""
+    for item in examples:
+        digest.update(between + json.dumps([item.id, item.prompt, item.answer]).encode())
+        between = b", "
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """A second home for what the models were asked: `--mirror s3://BUCKET/RUN`, or any other place that fsspec reaches.
 
-What lies there are the parts of the annotations and of the first round's cases, each copied when it is done: the nights
-of GPU time, so that they outlive this machine. The same command with the same `--mirror` on another machine fetches
+What lies there are the parts of the annotations and of each round's cases, each copied when it is done: the nights of
+GPU time, so that they outlive this machine. The same command with the same `--mirror` on another machine fetches
 them and goes on. Everything reads the copy in the run's folder: a million pictures are a few gigabytes of parts, which
 selection reads several times, and a bucket would be asked for each of thousands of parts each time. The lock, the
 pictures (mount the bucket) and the student, which is made anew from the parts in hours, stay on this machine.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,12 +54,17 @@ class Mirror:
         self._there: dict[str, dict[str, int]] = {}
         self._behind = False
 
-    def check(self, fingerprints: Mapping[str, Mapping[str, Any]]) -> None:
-        """See what lies there: `RunError` when that is of other settings than these, by stage. Nothing is written."""
+    def check(self, fingerprints: Mapping[str, Mapping[str, Any]], *, drop: bool = False) -> None:
+        """See what lies there: `RunError` when that is of other settings than these, by stage. Nothing is written; with
+        `drop` it is deleted there instead."""
         for stage, fingerprint in fingerprints.items():
             self._there[stage] = self._list(stage)
-            if self._there[stage]:
-                self._compare(stage, json.loads(json.dumps(fingerprint)))  # as it will read back
+            why = self._unfit(stage, json.loads(json.dumps(fingerprint)))  # as it will read back
+            if why and drop:
+                self._delete(stage, self._there[stage])
+            elif why:
+                # No word of --fresh: that would delete there what may be another run's.
+                raise RunError(f"--mirror {self._url}: what lies in {stage} {why}. Use another --mirror.")
 
     def fetch(self) -> int:
         """After `check`: copy to here what is there and not the same; returns the number of files."""
@@ -71,11 +76,18 @@ class Mirror:
         return count
 
     def clear(self) -> None:
-        """Delete there what lies there of earlier runs, and nothing else."""
-        for stage in self._stages:
-            for name in self._list(stage):
-                self._do(self._fs.rm_file, f"{self._roots[stage]}/{name}")
-            self._there[stage] = {}
+        """Delete there what lies there of this folder's run, and nothing else; `RunError` where it is another one's."""
+        there = {stage: self._list(stage) for stage in self._stages}
+        # The first stage goes last, and its settings last of all: whoever is stopped meanwhile can do it again.
+        stage, folder = next(iter(self._stages.items()))
+        ours = (folder / STAGE).read_bytes() if (folder / STAGE).is_file() else None
+        if any(there.values()) and (STAGE not in there[stage] or self._read(stage, STAGE) != ours):
+            raise RunError(
+                f"--mirror {self._url}: what lies there is not what {folder.parent} holds; --fresh would delete it. "
+                "Leave --fresh away to go on from there, use another --mirror, or delete it yourself."
+            )
+        for stage in reversed(self._stages):
+            self._delete(stage, there[stage])
 
     def keep(self, number: int) -> None:
         """Copy a part to there, where it is not the same; without a connection a line, and later."""
@@ -99,19 +111,25 @@ class Mirror:
         if self._behind:
             raise RunError(f"--mirror {self._url} cannot be written. What is finished is kept: {AGAIN} to go on.")
 
-    def _compare(self, stage: str, now: dict[str, Any]) -> None:
-        where = f"--mirror {self._url}: what lies in {stage}"
+    def _delete(self, stage: str, names: Iterable[str]) -> None:
+        for name in sorted(names, key=lambda name: name == STAGE):
+            self._do(self._fs.rm_file, f"{self._roots[stage]}/{name}")
+        self._there[stage] = {}
+
+    def _unfit(self, stage: str, now: Mapping[str, Any]) -> str | None:
+        """Why what lies there cannot be gone on with; None where it can, or there is nothing."""
+        if not self._there[stage]:
+            return None
         if STAGE not in self._there[stage]:
-            raise RunError(f"{where} lacks its {STAGE}: nobody knows how it was made. Use another --mirror.")
+            return f"lacks its {STAGE}: nobody knows how it was made"
         try:
             compare_fingerprints(Path(stage), json.loads(self._read(stage, STAGE))["fingerprint"], now)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{where} cannot be used: {STAGE} is damaged ({error}). Use another --mirror.") from error
+            return f"cannot be used: {STAGE} is damaged ({error})"
         except FingerprintMismatch as error:
-            # No word of --fresh: that would delete there what may be another run's.
             pairs = sorted(error.differences.items())
-            lines = "; ".join(f"{key}: there {there!r}, here {here!r}" for key, (there, here) in pairs)
-            raise RunError(f"{where} is of other settings ({lines}). Use another --mirror.") from error
+            return "is of other settings ({})".format("; ".join(f"{k}: there {t!r}, here {h!r}" for k, (t, h) in pairs))
+        return None
 
     def _fetch_group(self, stage: str, folder: Path, group: str) -> int:
         """One part with its digest and its note, or the stage's settings; a part only if its digest is not the same."""

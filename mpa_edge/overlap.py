@@ -23,7 +23,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -38,7 +38,6 @@ from mpa_edge.errors import ImageError, InputError
 from mpa_edge.labelled import pictures_in
 from mpa_edge.records import Sample, write_atomic
 from mpa_edge.runtime.images import FORMATS, open_image
-from mpa_edge.scan_index import Skipped
 
 Floats = NDArray[np.float32]
 Pictures = NDArray[np.uint8]
@@ -60,38 +59,13 @@ CHUNK = 512
 RULES = 2
 
 
-class Split(NamedTuple):
-    """What `split_shared` found. `looked_at` counts the pictures of the test that could be read, `pictures` all."""
-
-    kept: list[Sample]
-    shared: list[Skipped]
-    looked_at: int
-    pictures: int
-
-
 class Overlap(NamedTuple):
-    """What `find_shared` found: why each shared sample is one, by its id; and the pictures of the test, as above."""
+    """What `find_shared` found: why each shared sample is one, by its id. `looked_at` counts the pictures of the test
+    that could be read, `pictures` all."""
 
     shared: dict[str, str]
     looked_at: int
     pictures: int
-
-
-def split_shared(
-    samples: Sequence[Sample],
-    test: str | Path,
-    *,
-    limit: int | None = None,
-    cache: Path | None = None,
-    workers: int | None = None,
-) -> Split:
-    """The samples that the test does not have, and a row of reason `in_test` for each of the others, both in order;
-    after `limit` kept ones the rest is not looked at, and in neither. Otherwise as `find_shared`."""
-    shared, looked_at, count = find_shared(lambda: samples, test, limit=limit, cache=cache, workers=workers)
-    kept = list(islice((sample for sample in samples if sample.id not in shared), limit))
-    looked = samples[: samples.index(kept[-1]) + 1] if len(kept) == limit else samples
-    rows = [Skipped(s.path, "in_test", shared[s.id]) for s in looked if s.id in shared]
-    return Split(kept, rows, looked_at, count)
 
 
 def find_shared(

@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +23,15 @@ from mpa_edge.align import meet
 from mpa_edge.amounts import Range, spoken_bytes, spoken_seconds
 from mpa_edge.annotate import Annotator
 from mpa_edge.config import AlignConfig
-from mpa_edge.datasets import Progress, scan_images, table_named
+from mpa_edge.datasets import table_named
 from mpa_edge.errors import MpaEdgeError
 from mpa_edge.identify import Identifier, Reidentifier
 from mpa_edge.opening import open_models
-from mpa_edge.overlap import split_shared
-from mpa_edge.progress import counting
 from mpa_edge.records import Annotation, Case, Record, Sample, write_rows
+from mpa_edge.run_folder import RunFolder
 from mpa_edge.runtime.vlm import Vlm
-from mpa_edge.scan_index import Skipped, copy_cache
+from mpa_edge.scan import SCANNED, SHARED, find_pictures
+from mpa_edge.scan_index import copy_cache
 from mpa_edge.selection import choose, training_row
 from mpa_edge.tables import Table
 from mpa_edge.tasks import Task, task_named
@@ -43,6 +43,9 @@ WARM_UP, FEW = 2, 8
 QUICK_SECONDS = 15.0
 # Two batches know the mean no better than that.
 MARGIN = 0.25
+RAY = (
+    "asking was measured in this process, with one copy of the models; N actors of --engine ray take about an Nth of it"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def plan_models(config: AlignConfig, teacher: Vlm, student: Vlm, *, asked: Vlm |
 
 @dataclass(frozen=True)
 class _Found:
-    """`samples` are all pictures, or of a table some; `count` is how many there would be."""
+    """`samples` are as many as are asked about at most; `count` is how many pictures there would be."""
 
     samples: list[Sample]
     skipped: dict[str, int]
@@ -128,43 +131,45 @@ class _Found:
 
 def _look(config: AlignConfig, folder: Path) -> _Found:
     table = table_named(config.images)
-    # What an earlier scan of the run remembers is taken, and left as it is.
-    if (config.run / ".shared.json").is_file():
-        shutil.copy(config.run / ".shared.json", folder / ".shared.json")
-    with counting("scan") as tell:
-        samples, skipped = _scan(config, table, folder, tell)
-    reasons = count_by(item.reason for item in skipped)
     if table:
-        count = min(table.count, config.limit or table.count)
-        size = sum(Path(sample.path).stat().st_size for sample in samples) * count // len(samples)
-        notes = [f"the pictures of {config.images} were not looked at but for {len(samples)}: some may be skipped"]
-        if config.test is not None and not config.keep_shared:
-            notes.append("those that --test has too are still counted: the run looks for them, and leaves them out")
-        return _Found(samples, reasons, None, count, size, notes)
-    shared, notes = None, list[str]()
-    if config.test is None or config.keep_shared:
-        samples = samples[: config.limit]
-    if config.test is not None:
-        limit = None if config.keep_shared else config.limit
-        split = split_shared(samples, config.test, limit=limit, cache=folder / ".shared.json")
-        shared = len(split.shared)
-        samples = samples if config.keep_shared else split.kept
-        if split.looked_at < split.pictures:
-            notes.append(f"of --test only {split.looked_at} of {split.pictures} pictures could be looked at")
-    return _Found(samples, reasons, shared, len(samples), notes=notes)
+        return _look_at_table(config, table, folder)
+    _copy_caches(config.run, folder)
+    with find_pictures(config, RunFolder(folder)) as pictures:
+        skipped = count_by(item.reason for item in pictures.skipped())
+        found, notes = pictures.overlap, list[str]()
+        if found and found.looked_at < found.pictures:
+            notes.append(f"of --test only {found.looked_at} of {found.pictures} pictures could be looked at")
+        samples = _spread(pictures.samples(), pictures.count, _wanted(config))
+        return _Found(samples, skipped, pictures.shared, pictures.count, notes=notes)
 
 
-def _scan(
-    config: AlignConfig, table: Table | None, folder: Path, progress: Progress
-) -> tuple[list[Sample], list[Skipped]]:
-    if table:
-        return scan_images(config.images, store=folder / "images", limit=_wanted(config), progress=progress)
-    known, cache = config.run / ".scan.sqlite", folder / ".scan.sqlite"
-    if known.is_file():
-        with suppress(sqlite3.DatabaseError):  # it is damaged
-            copy_cache(known, cache)
-            return scan_images(config.images, cache=cache, progress=progress)
-    return scan_images(config.images, progress=progress)
+def _look_at_table(config: AlignConfig, table: Table, folder: Path) -> _Found:
+    """A table is read no further than the sample takes."""
+    part = config.model_copy(update={"limit": min(_wanted(config), config.limit or table.count), "test": None})
+    with find_pictures(part, RunFolder(folder)) as pictures:
+        samples, skipped = list(pictures.samples()), count_by(item.reason for item in pictures.skipped())
+    count = min(table.count, config.limit or table.count)
+    size = sum(Path(sample.path).stat().st_size for sample in samples) * count // len(samples)
+    notes = [f"the pictures of {config.images} were not looked at but for {len(samples)}: some may be skipped"]
+    if config.test is not None and not config.keep_shared:
+        notes.append("those that --test has too are still counted: the run looks for them, and leaves them out")
+    return _Found(samples, skipped, None, count, size, notes)
+
+
+def _copy_caches(run: Path, folder: Path) -> None:
+    """What an earlier scan of the run remembers is taken, and left as it is."""
+    if (run / SHARED).is_file():
+        shutil.copy(run / SHARED, folder / SHARED)
+    if (run / SCANNED).is_file():
+        with suppress(sqlite3.DatabaseError):  # it is damaged; what came of it nevertheless, the scan looks through
+            copy_cache(run / SCANNED, folder / SCANNED)
+
+
+def _spread(samples: Iterable[Sample], of: int, count: int) -> list[Sample]:
+    """So many samples, from all over: neighbours are often of one kind."""
+    count = min(count, of)
+    wanted = {place * of // count for place in range(count)}
+    return [sample for place, sample in enumerate(samples) if place in wanted]
 
 
 # --- the sample ------------------------------------------------------------------------------------------------------
@@ -218,7 +223,9 @@ class _Measured:
 
 def _plan(config: AlignConfig, found: _Found, teacher: Vlm, student: Vlm, asked: Vlm | None, folder: Path) -> Plan:
     task, notes = task_named(config.task), list(found.notes)
-    samples = _spread(found.samples, _affordable(config, teacher))
+    if config.engine == "ray":
+        notes.append(RAY)
+    samples = _spread(found.samples, len(found.samples), _affordable(config, teacher))
     measured = _measure(config, task, samples, teacher, asked or student)
     if teacher.engine == "chat":
         sent, most = getattr(teacher, "sent", 0), config.max_requests
@@ -275,12 +282,6 @@ def _affordable(config: AlignConfig, teacher: Vlm) -> int:
         return WARM_UP + 2 * FEW
     # A text may hold several pairs; twice as many as were asked for is more than was ever seen.
     return min(WARM_UP + 2 * FEW, config.max_requests // (config.questions * (1 + 2 * (config.votes + config.blind))))
-
-
-def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """So many samples, from all over: neighbours are often of one kind."""
-    count = min(count, len(samples))
-    return [samples[place * len(samples) // count] for place in range(count)]
 
 
 def _measure(config: AlignConfig, task: Task, samples: list[Sample], teacher: Vlm, asked: Vlm) -> _Measured:

@@ -18,6 +18,8 @@ from mpa_edge.errors import RunError
 
 Row = TypeVar("Row", bound="Record")
 
+_in_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 
 @dataclass(frozen=True)
 class Record:
@@ -31,7 +33,7 @@ class Record:
     def from_json(cls: type[Row], data: dict[str, Any]) -> Row:
         """The row of a JSON object; keys that a newer version added are ignored."""
         known = _names(cls)  # type: ignore[arg-type]  # a class is hashable
-        return cls(**{key: value for key, value in data.items() if key in known})
+        return cls(**(data if data.keys() <= known else {key: data[key] for key in data.keys() & known}))
 
     @property
     def failed(self) -> bool:
@@ -131,13 +133,19 @@ def write_rows(path: Path, rows: Iterable[Record | dict[str, Any]]) -> int:
 def lines_of(rows: Iterable[Record | dict[str, Any]]) -> bytes:
     """Rows as JSONL."""
     plain = (row if isinstance(row, dict) else row.to_json() for row in rows)
-    return b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in plain)
+    return b"".join(_in_json(row).encode() + b"\n" for row in plain)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file in one step: a reader, or a killed writer, leaves the old content or the new, never a mixture."""
     with _replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """As `write_atomic`, for a content that need not fit into memory."""
+    with _replacing(path) as file:
+        file.writelines(pieces)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mpa_edge.config import SaveAs
-from mpa_edge.records import write_atomic
+from mpa_edge.records import write_atomic, write_pieces
 
 INFO = "dataset_info.json"
 # What trainers take for a picture, a film or a sound, wherever it stands.
@@ -40,12 +40,21 @@ def save_for_trainers(parity: Path, formats: Iterable[SaveAs]) -> list[Path]:
     _delete_others(parity, formats)
     for name in formats:
         path = _path(parity, name)
-        rows = (json.dumps(_FORMATS[name](example), ensure_ascii=False) for example in _examples(parity))
-        write_atomic(path, "[\n" + ",\n".join(rows) + "\n]\n")
+        write_pieces(path, _json_list(_FORMATS[name](example) for example in _examples(parity)))
         written.append(path)
         if name == "sharegpt":
             write_atomic(parity.with_name(INFO), _info(path))
     return written
+
+
+def _json_list(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    """A JSON list with a row per line."""
+    yield b"[\n"
+    between = ""
+    for row in rows:
+        yield (between + json.dumps(row, ensure_ascii=False)).encode()
+        between = ",\n"
+    yield b"\n]\n"
 
 
 def _path(parity: Path, name: str) -> Path:

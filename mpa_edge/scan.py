@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import scan
+from mpa_edge.disk import disk_trouble
 from mpa_edge.errors import InputError, RunError
 from mpa_edge.overlap import Overlap, find_shared
 from mpa_edge.progress import counting, say
 from mpa_edge.records import Sample
 from mpa_edge.run_folder import RunFolder
 from mpa_edge.scan_index import ScanIndex, Skipped
+
+# What a run keeps of its scans, for the next one.
+SCANNED, SHARED = ".scan.sqlite", ".shared.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,24 @@ class Pictures:
         return self.index.skipped()
 
     @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._counted[0]
+
+    @property
+    def digest(self) -> str:
+        """Names the pictures, in their order, by their contents."""
+        return self._counted[1]
+
+    @cached_property
+    def _counted(self) -> tuple[int, str]:
+        digest, count = hashlib.sha256(), 0
+        for sample in self.samples():
+            digest.update(sample.sha256.encode() + b"\n")
+            count += 1
+        return count, digest.hexdigest()
+
+    @property
     def shared(self) -> int | None:
         """How many of the pictures, up to the last one that is used, `--test` has too."""
         if self.overlap is None or self.keep_shared:
@@ -51,7 +75,7 @@ def find_pictures(config: AlignConfig, run: RunFolder) -> Iterator[Pictures]:
     Raises `InputError` where no picture is left, or one of the two sources cannot be read, and `RunError` where what
     an earlier scan kept is damaged.
     """
-    wanted, cache = config.limit, run.path / ".scan.sqlite"
+    wanted, cache = config.limit, run.path / SCANNED
     try:
         while wanted != 0:
             with counting("scan") as tell:
@@ -60,9 +84,9 @@ def find_pictures(config: AlignConfig, run: RunFolder) -> Iterator[Pictures]:
                 pictures, wanted = _without_test(config, index, run, wanted)
                 if wanted == 0:
                     yield pictures
-    except sqlite3.OperationalError:
-        raise  # a disk that is full, or may not be written
     except sqlite3.DatabaseError as error:
+        if disk_trouble(error):
+            raise
         raise RunError(
             f"{cache} is damaged ({error}). Delete it, and type the same command again: it looks at the pictures anew."
         ) from error
@@ -77,7 +101,7 @@ def _without_test(
         index.share({}, config.limit)
     if config.test is None:
         return Pictures(index, run.images), 0
-    limit, cache = None if config.keep_shared else config.limit, run.path / ".shared.json"
+    limit, cache = None if config.keep_shared else config.limit, run.path / SHARED
     found = find_shared(lambda: index.samples(run.images), config.test, limit=limit, cache=cache)
     looked = sum(1 for _ in index.samples(run.images))
     pictures = Pictures(index, run.images, found, config.keep_shared)

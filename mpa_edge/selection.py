@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,8 +199,14 @@ def training_row(case: Case, picture: Path, task: Task, folder: Path, target: Ta
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task.prompt(case.question)}]},
             {"role": "assistant", "content": [{"type": "text", "text": text}]},
         ],
-        "images": [Path(os.path.relpath(picture, folder)).as_posix()],
+        "images": [(_relative(picture.parent, folder) / picture.name).as_posix()],
     }
+
+
+@lru_cache(maxsize=64)
+def _relative(folder: Path, to: Path) -> Path:
+    """Pictures of one folder mostly come together."""
+    return Path(os.path.relpath(folder, to))
 
 
 def _draw(seed: int, name: str) -> int:

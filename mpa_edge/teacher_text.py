@@ -59,6 +59,7 @@ _LABEL = re.compile(
 # "Q. … A. …"; a line that begins with "A." and no "Q." before it is the first of several choices.
 _Q_DOT = re.compile(r"^([*#> ]{0,8}Q\d{0,3})[.)](?=\s)", re.MULTILINE)
 _A_DOT = re.compile(r"^([*#> ]{0,8}A\d{0,3})[.)](?=\s)", re.MULTILINE)
+_BOLD, _BULLETS, _JSON_ENDS = (re.compile(p) for p in (r"\*\*|__|`+", r"^(?:[-*•>|]+ )+", r"""(?<=["'?])[\]},; ]+$"""))
 _SAID_TWICE = re.compile(r"^(?:question|answer):", re.IGNORECASE)
 _KEY = re.compile(r"\W*(?:.*[\W_])?(?:(q|ques|questions?)|(a|ans|answers?))[\W_]*\d*\W*", re.IGNORECASE)
 
@@ -170,10 +171,10 @@ def _question_at_end(text: str) -> Pair:
 def _clean(text: str) -> str:
     """One line without markdown, wrapping quotes and the punctuation of a broken JSON text."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair, no file can
-    text = " ".join(re.sub(r"\*\*|__|`+", "", text).split())
+    text = " ".join(_BOLD.sub("", text).split())
     for _ in range(3):
-        text = re.sub(r"^(?:[-*•>|]+ )+", "", text).rstrip(" |*#")
-        text = re.sub(r"""(?<=["'?])[\]},; ]+$""", "", text)
+        text = _BULLETS.sub("", text).rstrip(" |*#")
+        text = _JSON_ENDS.sub("", text)
         text = text[1:-1].strip() if len(text) > 1 and _quoted(text) else text
         text = text[1:] if text[:1] == '"' and text.count('"') == 1 else text  # JSON that breaks off
         text = text.strip()

@@ -3,6 +3,9 @@
 A batch is what `TransformersVlm.encode` makes for inference (left-padded) with the target tokens to its right
 (right-padded), so that all targets stand in the last columns and only their logits need computing. Nothing is ever cut
 off: what is longer than the model's positions is dropped, and counted.
+
+A training set may have more rows than fit into memory: they are read from its file when they are needed, and some
+dozens of bytes of each are kept.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -42,27 +47,67 @@ class Example:
     verdict: str
 
 
-def read_examples(path: Path) -> list[Example]:
+class Examples(Sequence[Example]):
+    """Rows of a training set's file, which are read when they are asked for; eight bytes of each are kept."""
+
+    def __init__(self, path: Path, starts: array[int]) -> None:
+        """`starts` are the places of the rows in the file, in bytes."""
+        self._path, self._starts = path, starts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> Examples: ...
+    def __getitem__(self, place: int | slice) -> Example | Examples:
+        if isinstance(place, slice):
+            return Examples(self._path, self._starts[place])
+        return next(self._read([self._starts[place]]))
+
+    def __iter__(self) -> Iterator[Example]:
+        return self._read(self._starts)
+
+    def only(self, places: Iterable[int]) -> Examples:
+        """Those at these places."""
+        return Examples(self._path, array("Q", (self._starts[place] for place in places)))
+
+    def _read(self, starts: Sequence[int]) -> Iterator[Example]:
+        with self._path.open("rb") as file:
+            for start in starts:
+                file.seek(start)
+                yield _example(self._path, file.readline())
+
+
+def read_examples(path: Path) -> Examples:
     """The examples of a training set such as `parity.jsonl`; picture paths are relative to its folder. `RunError` where
     a row cannot be read."""
-    examples = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            row = json.loads(line.decode())
-            user, assistant = row["messages"]
-            examples.append(
-                Example(
-                    id=row["id"],
-                    group=row["sample_id"],
-                    image=path.parent / row["images"][0],
-                    prompt=user["content"][1]["text"],
-                    answer=assistant["content"][0]["text"],
-                    verdict=row["verdict"],
-                )
-            )
-        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-            raise RunError(f"{path}, line {number}: not a row of a training set ({error!r})") from error
-    return examples
+    starts, start = array("Q"), 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                _example(path, line)
+            except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+                raise RunError(f"{path}, line {number}: not a row of a training set ({error!r})") from error
+            starts.append(start)
+            start += len(line)
+    return Examples(path, starts)
+
+
+def _example(path: Path, line: bytes) -> Example:
+    row = json.loads(line.decode())
+    user, assistant = row["messages"]
+    return Example(
+        id=row["id"],
+        group=row["sample_id"],
+        image=path.parent / row["images"][0],
+        prompt=user["content"][1]["text"],
+        answer=assistant["content"][0]["text"],
+        verdict=row["verdict"],
+    )
 
 
 @dataclass(frozen=True)
@@ -87,12 +132,12 @@ class TrainingData:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """`frozen_features` says that training changes nothing of what makes the image features."""
-        self.examples = list(examples)
+        self.examples = examples
         self.dropped: dict[str, str] = {}
         self._student = student
-        self._targets = [student.target_ids(example.answer) for example in examples]
+        self._targets = array("I", (len(student.target_ids(example.answer)) for example in examples))  # their lengths
         self._prompts: list[Prompt] = []
-        self._lengths: list[int] = []
+        self._lengths = array("I")
         self._caching = frozen_features
         self._listed = True
         self._room = cache_bytes
@@ -101,64 +146,65 @@ class TrainingData:
         """Look at every prompt before training starts: `examples` keeps those that can be trained on, `dropped` tells
         the reason for the others by their ids. Fills the cache on the way."""
         most = self._student.most_tokens
-        kept = []
+        kept = array("Q")
         for places in in_batches(range(len(self.examples)), self._student.batch_size):
-            images = {place: image for place in places if (image := self._opened(place)) is not None}
-            prompts, lengths = self._encode_once(images) if images else ([], [])
+            examples = {place: self.examples[place] for place in places}
+            images = {place: image for place in places if (image := self._opened(examples[place])) is not None}
+            asked = [examples[place].prompt for place in images]
+            prompts, lengths = self._encode_once(list(images.values()), asked) if images else ([], [])
             for row, place in enumerate(images):
-                length = lengths[row] + len(self._targets[place])
+                length = lengths[row] + self._targets[place]
                 if most is not None and length > most:
-                    self.dropped[self.examples[place].id] = f"too_long: {length} tokens, the model takes {most}"
+                    self.dropped[examples[place].id] = f"too_long: {length} tokens, the model takes {most}"
                     continue
                 kept.append(place)
                 self._lengths.append(length)
                 self._prompts += prompts[row : row + 1]
             if not self._caching:
                 self._prompts.clear()
-        self.examples = [self.examples[place] for place in kept]
-        self._targets = [self._targets[place] for place in kept]
+        if len(kept) < len(self.examples):
+            self.examples = _only(self.examples, kept)
+            self._targets = array("I", (self._targets[place] for place in kept))
 
     def batch(self, places: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs for some examples, and labels (rows, longest target) with `IGNORED` as padding."""
-        inputs = self._joined(places) if self._prompts else self._encoded(places)
-        targets = [self._targets[place] for place in places]
+        examples = [self.examples[place] for place in places]
+        inputs = self._joined(places) if self._prompts else self._encoded(examples)
+        targets = [self._student.target_ids(example.answer) for example in examples]
         return append_targets(inputs, targets, pad=self._student.pad)
 
-    def batches(self, places: Sequence[int], size: int, seed: str) -> list[list[int]]:
+    def batches(self, places: Sequence[int], size: int, seed: str) -> Iterator[list[int]]:
         """Batches of like length in an order that the seed decides."""
-        order = list(places)
+        order = array("Q", places)
         generator = random.Random(seed)
         generator.shuffle(order)
         window = size * 16
-        batches = []
         for start in range(0, len(order), window):
-            near = sorted(order[start : start + window], key=self._length)
-            batches += [near[first : first + size] for first in range(0, len(near), size)]
-        generator.shuffle(batches)
-        return batches
+            order[start : start + window] = array("Q", sorted(order[start : start + window], key=self._length))
+        starts = array("Q", range(0, len(order), size))
+        generator.shuffle(starts)
+        return (order[start : start + size].tolist() for start in starts)
 
-    def target_tokens(self, places: Sequence[int]) -> int:
+    def target_tokens(self, places: Iterable[int]) -> int:
         """How many tokens the loss of some examples is on."""
-        return sum(len(self._targets[place]) for place in places)
+        return sum(self._targets[place] for place in places)
 
     def _length(self, place: int) -> int:
-        return self._lengths[place] if self._lengths else len(self.examples[place].prompt) + len(self._targets[place])
+        return self._lengths[place] if self._lengths else len(self.examples[place].prompt) + self._targets[place]
 
-    def _opened(self, place: int) -> Image | None:
+    def _opened(self, example: Example) -> Image | None:
         try:
-            return open_image(self.examples[place].image)
+            return open_image(example.image)
         except ImageError as error:
-            self.dropped[self.examples[place].id] = f"{error.reason}: {error}"
+            self.dropped[example.id] = f"{error.reason}: {error}"
             return None
 
-    def _encoded(self, places: Sequence[int]) -> dict[str, Any]:
-        examples = [self.examples[place] for place in places]
+    def _encoded(self, examples: Sequence[Example]) -> dict[str, Any]:
         images = [open_image(example.image) for example in examples]
         return dict(self._student.encode(images, [example.prompt for example in examples]))
 
-    def _encode_once(self, pictures: Mapping[int, Image]) -> tuple[list[Prompt], list[int]]:
+    def _encode_once(self, images: list[Image], texts: list[str]) -> tuple[list[Prompt], list[int]]:
         """The prompts of some examples, none when they are not kept, and their lengths in tokens."""
-        images, texts = list(pictures.values()), [self.examples[place].prompt for place in pictures]
         if self._caching:
             try:
                 inputs = self._student.encode_with_features(images, texts)
@@ -242,17 +288,17 @@ def loss_and_exact(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> 
     return loss, int(right.all(dim=1).sum())
 
 
-def split_by_group(examples: Sequence[Example], share: float, seed: int) -> tuple[list[int], list[int]]:
+def split_by_group(examples: Sequence[Example], share: float, seed: int) -> tuple[array[int], array[int]]:
     """The places of the examples to train on and of those held out: whole pictures, at least one, about `share`."""
 
-    def draw(group: str) -> bytes:
-        return hashlib.sha256(f"{seed} {group}".encode()).digest()
+    def draw(group: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{seed} {group}".encode()).digest()[:8], "big")
 
-    groups = sorted({example.group for example in examples}, key=draw)
-    held_groups = set(groups[: max(1, round(share * len(groups)))])
-    places = range(len(examples))
-    held = [place for place in places if examples[place].group in held_groups]
-    return [place for place in places if examples[place].group not in held_groups], held
+    draws = np.fromiter((draw(example.group) for example in examples), np.uint64)
+    groups = np.unique(draws)
+    last = groups[max(1, round(share * len(groups))) - 1] if len(groups) else 0
+    train, held = (np.flatnonzero(those).astype(np.uint64) for those in (draws > last, draws <= last))
+    return array("Q", train.tobytes()), array("Q", held.tobytes())
 
 
 def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -262,3 +308,7 @@ def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 def _pad_left(row: torch.Tensor, width: int, value: int) -> torch.Tensor:
     return torch.nn.functional.pad(row, (width - len(row), 0), value=value)
+
+
+def _only(examples: Sequence[Example], places: Iterable[int]) -> Sequence[Example]:
+    return examples.only(places) if isinstance(examples, Examples) else [examples[place] for place in places]

@@ -14,32 +14,23 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mpa_edge.askers import Asker, Asks, Engine, Here, Part, annotator_of, identifier_of, reidentifier_of
-from mpa_edge.asking import refuse_small_budget
+from mpa_edge.askers import Asker, Asks, Engine, Here, Part, Work, annotator_of, identifier_of, reidentifier_of
 from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch
 from mpa_edge.mirror import Mirror
-from mpa_edge.parts import (
-    STAGE,
-    Parts,
-    asked_about,
-    compare_fingerprints,
-    digest_of_stage,
-    drop_stage,
-    open_parts,
-    read_parts,
-)
+from mpa_edge.parts import STAGE, Parts, digest_of_stage, drop_stage, open_parts, read_parts
 from mpa_edge.progress import progress, say
 from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
 from mpa_edge.remember import remembered
 from mpa_edge.run_events import recorded
-from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog, known_run
+from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog
 from mpa_edge.runtime.vlm import Vlm
+from mpa_edge.same_run import move_rounds, refuse_other_pictures, refuse_other_settings, refuse_small_parts
 from mpa_edge.saving import save_for_trainers
 from mpa_edge.scan import Pictures, find_pictures
 from mpa_edge.selection import Choice, choose, training_row
@@ -50,9 +41,6 @@ from mpa_edge.watching import tell_rejected
 PAIR_SHARE = 0.05
 # Raise it when what becomes training data changes: what was chosen by older rules is chosen anew.
 RULES = 1
-# Settings that shape the annotations and cases: what it took hours to ask is not asked again unawares. All others shape
-# later stages, which are redone, or none.
-SHAPING = ("limit", "seed", "questions", "temperature", "match", "votes", "blind", "chunk_size")
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,7 @@ class TrainingSetMaker:
         content = {"config": config.to_json(), "task": self._task.to_json(), **models}
         self._content: dict[str, Any] = json.loads(json.dumps(content))  # as it will read back: tuples become lists
         if not config.fresh:
-            _refuse_other_settings(run, self._content)
+            refuse_other_settings(run, self._content)
         self._log: RunLog | None = None
         self._scanned = Scanned(0, {}, None, "")
 
@@ -134,10 +122,12 @@ class TrainingSetMaker:
         config, run = self._config, self._run
         with find_pictures(config, run) as pictures:
             if config.fresh:
+                if mirror := self._mirror(*self._homes):
+                    mirror.clear()
                 run.clear()
             else:
-                _refuse_other_pictures(config, run, pictures)
-                _move_rounds(run, config.rounds)
+                refuse_other_pictures(config, run, pictures)
+                move_rounds(run, config.rounds)
             self._log = RunLog(run.path / RUN, **self._content)
             with self._log.stage("samples") as facts:
                 self._scanned = self._write_samples(pictures)
@@ -149,13 +139,9 @@ class TrainingSetMaker:
     def _write_samples(self, pictures: Pictures) -> Scanned:
         write_rows(self._run.samples, pictures.samples())
         write_rows(self._run.skipped, pictures.skipped())
-        digest, count = hashlib.sha256(), 0
-        for sample in pictures.samples():
-            digest.update(sample.sha256.encode() + b"\n")
-            count += 1
         looked_at = (pictures.overlap.looked_at, pictures.overlap.pictures) if pictures.overlap else None
         skipped = count_by(item.reason for item in pictures.skipped())
-        return Scanned(count, skipped, pictures.shared, digest.hexdigest(), looked_at)
+        return Scanned(pictures.count, skipped, pictures.shared, pictures.digest, looked_at)
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -164,30 +150,23 @@ class TrainingSetMaker:
         come again. Returns the number of annotations, and those rejected by reason."""
         config = self._config
         annotator, identifier = annotator_of(config, teacher), identifier_of(config, teacher, student)
-        _refuse_small_budget(config, teacher, min(config.chunk_size, self._scanned.pictures))
+        refuse_small_parts(config, teacher, min(config.chunk_size, self._scanned.pictures))
         shaped = annotator.fingerprint() | {"input": self._scanned.digest, "chunk_size": config.chunk_size}
         both = {"annotations": shaped}
-        both["cases"] = identifier.fingerprint() | {"annotations": _digest([json.dumps(shaped)])}
+        both["cases"] = identifier.fingerprint() | {"annotations": _digest(json.dumps(shaped))}
         # Both copies are seen to be of these settings before one is copied over the other.
-        mirror = self._mirror(both)
+        if mirror := self._mirror(*both):
+            mirror.check(both)
         annotations = open_parts(self._run.annotations, Annotation, both["annotations"], self._parts)
         cases = open_parts(self._first.cases, Case, both["cases"], self._parts)
-        if mirror and (count := mirror.fetch()):
-            say(f"{count} files were fetched from {config.mirror}")
+        self._fetch(mirror)
         # Another answer would make another training set, and the training so far would be lost.
         annotations.again = cases.again = not self._training_began()
 
         def work(asker: Asker, part: Part) -> None:
             self._ask_part(asker, part, annotations, cases)
 
-        each = (engine or Here()).each(Asks(annotator, identifier), enumerate(self._chunks()), work)
-        with progress("ask", self._scanned.pictures) as advance, closing(each):  # Ctrl-C may come here too
-            for number, samples in each:
-                advance(len(samples))
-                if mirror:
-                    mirror.keep(number)
-        if mirror:
-            mirror.settle(self._parts)
+        self._each("ask", engine, Asks(annotator, identifier), work, mirror)
         rejected: dict[str, int]
         total, rejected = remembered(
             self._run.path / ".annotations.json", digest_of_stage(annotations.folder), lambda: _rejected(annotations)
@@ -195,16 +174,32 @@ class TrainingSetMaker:
         self.log.note("annotate", rows=total, rejected=rejected)
         return total, rejected
 
-    def _mirror(self, fingerprints: dict[str, dict[str, Any]]) -> Mirror | None:
-        """The second home of the parts; what lies there is of these settings."""
+    def _each(self, label: str, engine: Engine | None, asks: Asks, work: Work, mirror: Mirror | None) -> None:
+        """Do the work on all parts, and keep each in the mirror."""
+        each = (engine or Here()).each(asks, enumerate(self._chunks()), work)
+        with progress(label, self._scanned.pictures) as advance, closing(each):  # Ctrl-C may come here too
+            for number, samples in each:
+                advance(len(samples))
+                if mirror:
+                    mirror.keep(number)
+        if mirror:
+            mirror.settle(self._parts)
+
+    @property
+    def _homes(self) -> dict[str, Path]:
+        """The folders of the stages that a mirror keeps, by their names there."""
+        later = {_mirrored(number): self.round(number).cases for number in range(2, self._config.rounds + 1)}
+        return {"annotations": self._run.annotations, "cases": self._first.cases, **later}
+
+    def _mirror(self, *stages: str) -> Mirror | None:
+        """The second home of the parts of these stages."""
         if self._config.mirror is None:
             return None
-        mirror = Mirror(self._config.mirror, {"annotations": self._run.annotations, "cases": self._first.cases})
-        if self._config.fresh:
-            mirror.clear()
-        else:
-            mirror.check(fingerprints)
-        return mirror
+        return Mirror(self._config.mirror, {stage: self._homes[stage] for stage in stages})
+
+    def _fetch(self, mirror: Mirror | None) -> None:
+        if mirror and (count := mirror.fetch()):
+            say(f"{count} files were fetched from {self._config.mirror}")
 
     def _training_began(self) -> bool:
         return any((self.round(number).student / STAGE).exists() for number in range(1, self._config.rounds + 1))
@@ -227,12 +222,16 @@ class TrainingSetMaker:
         again = reidentifier_of(self._config, student)
         first, folder = Parts(self._first.cases, Case), self.round(number).cases
         fingerprint = again.fingerprint() | {"cases": digest_of_stage(self._first.cases)}
+        # The round before may have been trained anew, to another student, since the mirror was written.
+        if mirror := self._mirror(_mirrored(number)):
+            mirror.check({_mirrored(number): fingerprint}, drop=True)
         try:
             cases = open_parts(folder, Case, fingerprint, self._parts)
         except FingerprintMismatch:
             say(f"round {number}: the student of the round before is another one now; it is asked again")
             drop_stage(folder)
             cases = open_parts(folder, Case, fingerprint, self._parts)
+        self._fetch(mirror)
 
         def work(asker: Asker, part: Part) -> None:
             if cases.due(part[0]):
@@ -240,10 +239,7 @@ class TrainingSetMaker:
                 with self.log.clock(stage_name("identify", number)):
                     cases.fill(part[0], lambda known: asker.cases(before, paths, known))
 
-        each = (engine or Here()).each(Asks(None, again), enumerate(self._chunks()), work)
-        with progress(f"ask, round {number}", self._scanned.pictures) as advance, closing(each):
-            for _, samples in each:
-                advance(len(samples))
+        self._each(f"ask, round {number}", engine, Asks(None, again), work, mirror)
 
     # --- selecting ---------------------------------------------------------------------------------------------------
 
@@ -323,6 +319,11 @@ def stage_name(name: str, number: int) -> str:
     return name if number == 1 else f"{name}-{number}"
 
 
+def _mirrored(number: int) -> str:
+    """What a mirror calls the cases of round `number`, from 2, however many rounds there are."""
+    return f"cases-round-{number}"
+
+
 def count_by(values: Iterable[str | None]) -> dict[str, int]:
     """How often each value comes, None aside, sorted by value."""
     return dict(sorted(Counter(value for value in values if value is not None).items()))
@@ -341,71 +342,5 @@ def _paths(samples: Sequence[Sample]) -> dict[str, Path]:
     return {sample.id: Path(sample.path) for sample in samples}
 
 
-def _digest(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _refuse_other_settings(run: RunFolder, now: dict[str, Any]) -> None:
-    """`FingerprintMismatch` when the folder holds what other settings or models were asked; before anything is written.
-
-    Each stage looks again at what shapes its own output; this check sees it first and names the flags.
-    """
-    before = known_run(run.path)
-    if not before or not run.annotations.exists():
-        return
-    for shaping in (_flags, _models):
-        compare_fingerprints(run.path, shaping(before), shaping(now))
-
-
-def _flags(content: dict[str, Any]) -> dict[str, Any]:
-    config = content.get("config", {})
-    flags = {f"--{name.replace('_', '-')}": config.get(name) for name in SHAPING}
-    return flags | {"--ask": "a bundle" if "ask" in content else None}
-
-
-def _models(content: dict[str, Any]) -> dict[str, Any]:
-    """Models and tasks by what they are, not by their paths."""
-    asked = "ask" if "ask" in content else "student"
-    sides = {"--task": content.get("task"), "--teacher": content.get("teacher"), f"--{asked}": content.get(asked)}
-    return {side: {**(values or {}), "name": None} for side, values in sides.items()}
-
-
-def _refuse_other_pictures(config: AlignConfig, run: RunFolder, pictures: Pictures) -> None:
-    if not run.samples.exists() or not run.annotations.exists():
-        return
-    if asked_about(run.annotations) == _digest(_contents(pictures.samples())):
-        return  # whatever became of the list of them
-    rows = zip_longest(_contents(read_rows(run.samples, Sample)), _contents(pictures.samples()))
-    if all(before == now for before, now in rows):
-        return
-    before = set(_contents(read_rows(run.samples, Sample)))
-    now = set(_contents(pictures.samples()))
-    difference = (f"{len(before)} pictures", f"{len(now)} pictures, {len(now - before)} of them new")
-    then = known_run(run.path).get("config", {})
-    flags = {"--test": "test", "--keep-shared": "keep_shared"}
-    causes = {flag: (then.get(name), getattr(config, name)) for flag, name in flags.items()}
-    other = {flag: pair for flag, pair in causes.items() if then and pair[0] != pair[1]}
-    raise FingerprintMismatch(run.path, {"--images": difference, **other})
-
-
-def _contents(samples: Iterable[Sample]) -> Iterator[str]:
-    return (sample.sha256 for sample in samples)
-
-
-def _move_rounds(run: RunFolder, rounds: int) -> None:
-    """Put the rounds of an earlier run with more or fewer of them where they lie now."""
-    then = known_run(run.path)
-    before = then.get("config", {}).get("rounds", 1) if then else rounds
-    if before != rounds:
-        run.move_to(run.round(before))
-        run.round(rounds).move_to(run)
-
-
-def _refuse_small_budget(config: AlignConfig, teacher: Vlm, pictures: int) -> None:
-    """`--max-requests` must do for one part: twice what annotating takes, since attempts that failed count too, and for
-    identifying as many questions. There may be more of them; that is known when they are written."""
-    asked = config.questions * max(2, config.votes + config.blind)
-    refuse_small_budget(teacher, asked * pictures, f"one part of {pictures} pictures")
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode() + b"\n").hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, RunError
 from mpa_edge.level import level
 from mpa_edge.models import base_of, open_vlm
+from mpa_edge.records import write_rows
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.vlm import Decoding
 from mpa_edge.training_data import (
@@ -23,6 +25,7 @@ from mpa_edge.training_data import (
     TrainingData,
     append_targets,
     loss_and_exact,
+    read_examples,
     split_by_group,
 )
 from mpa_edge.transformers_vlm import TransformersVlm
@@ -271,8 +274,35 @@ def test_whole_pictures_are_held_out() -> None:
     assert split_by_group(rows, 0.1, seed=1)[1] != held
 
 
+def test_rows_are_read_from_the_file_when_they_are_needed(tmp_path: Path) -> None:
+    def row(number: int) -> dict[str, Any]:
+        user = [{"type": "image"}, {"type": "text", "text": f"Ünd {number}? " + "x" * 500}]
+        texts = [{"role": "user", "content": user}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+        known = {"id": f"{number}", "sample_id": f"s{number // 2}", "verdict": "parity"}
+        return {**known, "messages": texts, "images": [f"{number}.png"]}
+
+    write_rows(tmp_path / "parity.jsonl", map(row, range(2000)))
+    tracemalloc.start()
+    examples = read_examples(tmp_path / "parity.jsonl")
+    train, held = split_by_group(examples, 0.1, seed=0)
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken < 2000 * 100
+    assert [example.id for example in examples] == [str(number) for number in range(2000)]
+    assert (examples[7].prompt[:8], examples[-1].group, examples[3].image) == ("Ünd 7? x", "s999", tmp_path / "3.png")
+    some = examples.only([5, 2, 1999])
+    assert [example.id for example in some] == [some[0].id, some[1].id, some[2].id] == ["5", "2", "1999"]
+    # As if they all were in memory.
+    assert (train, held) == split_by_group(list(examples), 0.1, seed=0)
+
+
+def test_a_row_that_was_not_finished_is_none(tmp_path: Path) -> None:
+    (tmp_path / "parity.jsonl").write_text('{"id": "1"')
+    assert list(read_examples(tmp_path / "parity.jsonl")) == []
+
+
 def test_batches_cover_everything_once(student: TransformersVlm, examples: list[Example]) -> None:
     data = TrainingData(student, examples)
-    first, again, other = (data.batches(range(23), 4, seed) for seed in ("0 0", "0 0", "0 1"))
+    first, again, other = (list(data.batches(range(23), 4, seed)) for seed in ("0 0", "0 0", "0 1"))
     assert sorted(place for batch in first for place in batch) == list(range(23))
     assert first == again != other

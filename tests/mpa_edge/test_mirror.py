@@ -19,10 +19,11 @@ from PIL import Image
 from mpa_edge.askers import Asks, Here, Part, Work
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError
-from mpa_edge.fake import FakeVlm
+from mpa_edge.fake import FakeSettings, FakeVlm
 from mpa_edge.mirror import Mirror
+from mpa_edge.run_folder import RunFolder
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
-from mpa_edge.training_set import make_training_set
+from mpa_edge.training_set import TrainingSetMaker, make_training_set
 
 
 class Teacher(FakeVlm):
@@ -111,6 +112,31 @@ def test_another_machine_goes_on_from_the_mirror(photos: Path, place: str, tmp_p
     assert far(place) == parts(tmp_path / "b") == parts(tmp_path / "a")
 
 
+def test_later_rounds_have_it_too(photos: Path, place: str, tmp_path: Path) -> None:
+    def make_rounds(out: Path, seed: int = 0) -> Teacher:
+        usual: dict[str, Any] = {"chunk_size": 2, "questions": 1, "task": "reference", "mirror": place, "rounds": 2}
+        config = AlignConfig(images=str(photos), teacher="t", student="s", out=out, **usual)
+        maker, student = TrainingSetMaker(config, RunFolder(out), {}), Teacher(settings=FakeSettings(seed=seed))
+        maker.scan()
+        maker.ask(Teacher(), FakeVlm())
+        maker.ask_again(2, student)
+        return student
+
+    def second(out: Path) -> dict[str, bytes]:
+        return {f"cases-round-2/{path.name}": path.read_bytes() for path in (out / "cases").iterdir()}
+
+    def second_there() -> dict[str, bytes]:
+        return {name: content for name, content in far(place).items() if name.startswith("cases-round-2/")}
+
+    assert make_rounds(tmp_path / "a").asked == 7
+    assert second_there() == second(tmp_path / "a")
+    assert make_rounds(tmp_path / "b").asked == 0  # on another machine
+    assert second(tmp_path / "b") == second(tmp_path / "a")
+    # There the round before was trained to another student.
+    assert make_rounds(tmp_path / "c", seed=1).asked == 7
+    assert second_there() == second(tmp_path / "c") != second(tmp_path / "a")
+
+
 @pytest.mark.parametrize("other", [{"seed": 1}, {"temperature": 0.123456}], ids=["of equal size", "of another size"])
 def test_another_runs_mirror_is_refused_before_anything_is_copied(
     photos: Path, place: str, tmp_path: Path, other: dict[str, Any]
@@ -171,6 +197,42 @@ def test_failed_rows_are_asked_again_from_there_and_fresh_starts_over(photos: Pa
     (tmp_path / "far" / "run" / "cases" / "notes.txt").write_text("mine")
     make(photos, tmp_path / "b", place, fresh=True, limit=4)
     assert far(place) == {**parts(tmp_path / "b"), "cases/notes.txt": b"mine"}
+
+
+def test_fresh_deletes_no_other_runs_mirror(photos: Path, place: str, tmp_path: Path) -> None:
+    """Such as the nights of another run, or of this one on a machine that has not fetched them."""
+    make(photos, tmp_path / "a", place)
+    make(photos, tmp_path / "b", None, seed=1)
+    there, here = far(place), parts(tmp_path / "b")
+    for out in (tmp_path / "b", tmp_path / "new"):
+        with pytest.raises(RunError, match=rf"--mirror {place}: what lies there is not what {out} holds"):
+            make(photos, out, place, fresh=True)
+    assert (far(place), parts(tmp_path / "b")) == (there, here)
+    make(photos, tmp_path / "a", place, fresh=True, seed=2)
+    assert far(place) == parts(tmp_path / "a") != there
+
+
+@pytest.mark.parametrize("stops_after", [0, 4, 5, 9])
+def test_who_is_stopped_while_a_mirror_is_emptied_can_do_it_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_after: int
+) -> None:
+    place = "memory:///run"
+    make(photos, tmp_path / "a", place, chunk_size=4)
+    left, remove = [True] * stops_after, MemoryFileSystem.rm_file
+
+    def stopped(self: Any, path: str) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        remove(self, path)
+
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make(photos, tmp_path / "a", place, fresh=True, seed=1)
+    monkeypatch.undo()
+    make(photos, tmp_path / "a", place, fresh=True, seed=1)
+    assert far(place) == parts(tmp_path / "a")
+    MemoryFileSystem.store.clear()
 
 
 @pytest.mark.parametrize("stops_at", ["annotations/part-00000.sha256", "cases/part-00000.jsonl"])

@@ -6,7 +6,9 @@ import io
 import json
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +21,27 @@ from mpa_edge.benchmarks.reference import write_pool, write_test
 from mpa_edge.datasets import scan_images
 from mpa_edge.errors import InputError
 from mpa_edge.labelled import Question
-from mpa_edge.overlap import EDGE, LIKELY, Pictures, distance, nearest_copies, signature_of, split_shared
+from mpa_edge.overlap import EDGE, LIKELY, Pictures, distance, find_shared, nearest_copies, signature_of
 from mpa_edge.records import Sample, read_rows
+from mpa_edge.scan_index import Skipped
 
 COUNT = 120
+
+
+class Split(NamedTuple):
+    kept: list[Sample]
+    shared: list[Skipped]
+    looked_at: int
+    pictures: int
+
+
+def split_shared(samples: list[Sample], test: Path, limit: int | None = None, cache: Path | None = None) -> Split:
+    """The samples that the test does not have, up to the limit, and a row for each of the others up to the last."""
+    shared, looked_at, count = find_shared(lambda: samples, test, limit=limit, cache=cache)
+    kept = list(islice((sample for sample in samples if sample.id not in shared), limit))
+    looked = samples[: samples.index(kept[-1]) + 1] if len(kept) == limit else samples
+    rows = [Skipped(s.path, "in_test", shared[s.id]) for s in looked if s.id in shared]
+    return Split(kept, rows, looked_at, count)
 
 
 @pytest.fixture(scope="module")

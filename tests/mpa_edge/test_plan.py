@@ -142,6 +142,18 @@ def test_the_sample_is_spread_over_the_pictures(images: Path, monkeypatch: pytes
     assert len(set(asked)) == 26
 
 
+def test_of_many_pictures_only_the_sample_is_held(images: Path, tmp_path: Path) -> None:
+    found = mpa_edge.plan._look(config(images), tmp_path)
+    assert (found.count, len(found.samples)) == (60, 26)
+
+
+def test_what_is_measured_is_one_copy_of_the_models(images: Path) -> None:
+    pytest.importorskip("ray")
+    plan = plan_models(config(images, engine="ray", actors=4), Teller(), Teller())
+    assert "in this process, with one copy of the models; N actors of --engine ray" in plan.summary()
+    assert "--engine ray" not in plan_models(config(images), Teller(), Teller()).summary()
+
+
 def test_slow_models_are_asked_about_few(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpa_edge.plan, "QUICK_SECONDS", 0)
     assert plan_models(config(images), Teller(), Teller()).sampled == 16
