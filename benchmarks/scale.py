@@ -111,7 +111,7 @@ def main(
 
 def measure(out: Path, count: int) -> dict[str, Any]:
     """One run in this process."""
-    imported, before = _rss_mb(), time.process_time()
+    imported = _rss_mb()
     with (out / f"{count}.txt").open("w") as listed:
         listed.writelines(f"{(out / 'pictures' / _name(number)).absolute()}\n" for number in range(count))
     config = AlignConfig(
@@ -122,7 +122,7 @@ def measure(out: Path, count: int) -> dict[str, Any]:
         out=out / f"run-{count}",
         questions=1,
     )
-    start = time.perf_counter()
+    start, before = time.perf_counter(), time.process_time()
     made = make_training_set(config, Writer(), Guesser())
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - before
     audit_run(config.run)

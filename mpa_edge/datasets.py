@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,8 @@ MAX_BYTES = 256 << 20
 SUFFIXES = frozenset(
     (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+# What `Path` changes in a name. It takes its time, and lists may be long.
+_UNCLEAN = re.compile(r"/\.?(/|$)" if os.sep == "/" else "")
 LIST_SUFFIXES = frozenset((".lst", ".list", ".txt"))
 
 
@@ -170,8 +173,9 @@ def _read_list(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as lines:
             for line in lines:
-                if line.strip():
-                    yield os.fspath(folder / line.strip())
+                if name := line.strip():
+                    name = os.path.join(folder, name)  # noqa: PTH118
+                    yield os.fspath(Path(name)) if _UNCLEAN.search(name) else name
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--images {path}: not a text file with one path per line ({error})") from error
 

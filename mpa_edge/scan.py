@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,20 +46,27 @@ class Pictures:
     @property
     def count(self) -> int:
         """How many there are."""
-        return self._counted[0]
+        return self._told[0]
 
     @property
     def digest(self) -> str:
         """Names the pictures, in their order, by their contents."""
-        return self._counted[1]
+        return self._told[1]
+
+    @property
+    def key(self) -> str:
+        """Names them by their contents and paths."""
+        return self._told[2]
 
     @cached_property
-    def _counted(self) -> tuple[int, str]:
-        digest, count = hashlib.sha256(), 0
+    def _told(self) -> tuple[int, str, str]:
+        contents, all_of_it, count = hashlib.sha256(), hashlib.sha256(), 0
         for sample in self.samples():
-            digest.update(sample.sha256.encode() + b"\n")
+            content = f"{sample.sha256}\n".encode()
+            contents.update(content)
+            all_of_it.update(content + os.fsencode(sample.path) + b"\0")
             count += 1
-        return count, digest.hexdigest()
+        return count, contents.hexdigest(), all_of_it.hexdigest()
 
     @property
     def shared(self) -> int | None:

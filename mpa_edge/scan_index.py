@@ -1,7 +1,8 @@
 """What a scan found out about each file or row, in a small database on disk: a run of a million pictures scans them in
 the memory of a run of a thousand, and the next scan opens only files that are new or changed.
 
-Rows are kept in the order of their keys: the bytes of a file's path, or the number of a table's row.
+Rows are kept in the order of their keys: the bytes of a file's path, or the number of a table's row. Each has a sum of
+its own, since SQLite sees no bit that flips in a row.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,14 +18,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mpa_edge.disk import disk_trouble
 from mpa_edge.records import Record, Sample
 
 BATCH = 1024
 PATIENCE_SECONDS = 60.0
+# `finished` counts the checks of a scan that came to its end.
 _TABLES = """
 CREATE TABLE IF NOT EXISTS rules (content TEXT, finished INTEGER);
 CREATE TABLE IF NOT EXISTS checks (
-    key BLOB PRIMARY KEY, path TEXT, bytes INTEGER, mtime_ns INTEGER, sha256 BLOB, reason TEXT, detail TEXT, stored TEXT
+    key BLOB PRIMARY KEY, path TEXT, bytes INTEGER, mtime_ns INTEGER, sha256 BLOB, reason TEXT, detail TEXT,
+    stored TEXT, sum INTEGER
 ) WITHOUT ROWID;
 CREATE TEMP TABLE wanted (key BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TEMP TABLE firsts (sha256 BLOB PRIMARY KEY, first BLOB, name TEXT) WITHOUT ROWID;
@@ -76,7 +81,7 @@ class ScanIndex:
 
     def __init__(self, path: Path | None, rules: Mapping[str, Any]) -> None:
         """`path` is where the checks are kept for the next scan; without one they last as long as this object. What
-        was found out by other rules, and a file that cannot be read, is dropped."""
+        was found out by other rules, and a file that is damaged, is dropped."""
         self._rules = json.dumps(rules, sort_keys=True)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +90,7 @@ class ScanIndex:
             self._prepare(path)
         except sqlite3.DatabaseError as error:
             self.close()
-            # An OperationalError is no damage: the disk is full, or another process has the file.
-            if path is None or isinstance(error, sqlite3.OperationalError):
+            if path is None or disk_trouble(error):
                 raise
             path.unlink(missing_ok=True)
             self._database = _connect(path)
@@ -96,9 +100,14 @@ class ScanIndex:
     def _prepare(self, path: Path | None) -> None:
         self._database.execute("PRAGMA temp_store = FILE")
         self._database.executescript(_TABLES)
-        _check_end(self._database, path)
+        _check_file(self._database, path)
+        if self._database.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall() != _schema():
+            raise sqlite3.DatabaseError("it has other tables")
         if self._database.execute("SELECT content FROM rules").fetchall() != [(self._rules,)]:
             self.clear()
+        for *row, noted in self._database.execute("SELECT * FROM checks"):
+            if _sum(row) != noted:
+                raise sqlite3.DatabaseError(f"the row {row[1]} is another")
 
     def __enter__(self) -> ScanIndex:
         return self
@@ -117,12 +126,12 @@ class ScanIndex:
         with self._transaction():
             self._database.execute("DELETE FROM checks")
             self._database.execute("DELETE FROM rules")
-            self._database.execute("INSERT INTO rules VALUES (?, 0)", (self._rules,))
+            self._database.execute("INSERT INTO rules VALUES (?, NULL)", (self._rules,))
 
     @property
     def finished(self) -> bool:
-        """Whether a scan by these rules came to its end."""
-        return self._one("SELECT finished FROM rules") == 1
+        """Whether a scan by these rules came to its end, and all its checks are there."""
+        return self._one("SELECT coalesce(finished, -1) = (SELECT count(*) FROM checks) FROM rules") == 1
 
     def want(self, keys: Iterable[bytes]) -> int:
         """Name the files that there are now; the checks of others are forgotten. Returns their number."""
@@ -143,15 +152,15 @@ class ScanIndex:
 
     def put(self, checks: Iterable[Check]) -> None:
         """Keep some checks, in place of those with the same keys."""
-        rows = (tuple(vars(check).values()) for check in checks)
+        rows = ((*row, _sum(row)) for row in (list(vars(check).values()) for check in checks))
         while batch := list(islice(rows, BATCH)):
             with self._transaction():
-                self._database.executemany("INSERT OR REPLACE INTO checks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", batch)
+                self._database.executemany("INSERT OR REPLACE INTO checks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", batch)
 
     def finish(self) -> None:
         """All checks are put: tell which of equal pictures comes first."""
         with self._transaction():
-            self._database.execute("UPDATE rules SET finished = 1")
+            self._database.execute("UPDATE rules SET finished = (SELECT count(*) FROM checks)")
             # SQLite takes the other columns from the row of the minimum.
             self._database.execute(
                 """INSERT INTO firsts SELECT sha256, min(key), path FROM checks WHERE reason IS NULL
@@ -161,7 +170,8 @@ class ScanIndex:
     def share(self, details: Mapping[str, str], limit: int | None) -> None:
         """Leave out the samples with these ids for the reasons given, and what comes after `limit` others."""
         with self._transaction():
-            rows = ((sample.sha256, details[sample.id]) for sample in self.samples(None) if sample.id in details)
+            samples = self.samples(None) if details else ()
+            rows = ((sample.sha256, details[sample.id]) for sample in samples if sample.id in details)
             found = [(bytes.fromhex(digest), detail) for digest, detail in rows]
             self._database.executemany("INSERT INTO shared VALUES (?, ?)", found)
         self._limit = -1 if limit is None else limit
@@ -210,7 +220,7 @@ def copy_cache(cache: Path, to: Path) -> None:
     """Copy what a scan keeps, though a run may be writing there. Raises `sqlite3.DatabaseError` where it is damaged."""
     address = f"{cache.absolute().as_uri()}?mode=ro"
     with closing(sqlite3.connect(address, uri=True)) as there, closing(sqlite3.connect(to)) as here:
-        _check_end(there, cache)
+        _check_file(there, cache)
         there.backup(here)
 
 
@@ -220,7 +230,23 @@ def _connect(path: Path | None) -> sqlite3.Connection:
     return sqlite3.connect(path or "", PATIENCE_SECONDS, isolation_level=None)
 
 
-def _check_end(database: sqlite3.Connection, path: Path | None) -> None:
-    """SQLite takes what is missing of the last page for zeros."""
-    if path and path.stat().st_size % database.execute("PRAGMA page_size").fetchone()[0]:
-        raise sqlite3.DatabaseError(f"{path} is cut off")
+def _check_file(database: sqlite3.Connection, path: Path | None) -> None:
+    """What SQLite does not take for damage: of a last page that is cut off it takes the rest for zeros, and other
+    versions in the header forbid it to write."""
+    if path is None:
+        return
+    with path.open("rb") as file:
+        versions = file.read(20)[18:]
+    if path.stat().st_size % database.execute("PRAGMA page_size").fetchone()[0] or versions not in (b"", b"\1\1"):
+        raise sqlite3.DatabaseError(f"{path} is cut off, or its header is another")
+
+
+def _schema() -> list[tuple[str]]:
+    """The tables as SQLite notes them in the file."""
+    with closing(sqlite3.connect("")) as new:
+        new.executescript(_TABLES)
+        return new.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall()
+
+
+def _sum(row: list[Any]) -> int:
+    return zlib.crc32(repr(row).encode())

@@ -137,7 +137,9 @@ class TrainingSetMaker:
         return self._scanned
 
     def _write_samples(self, pictures: Pictures) -> Scanned:
-        write_rows(self._run.samples, pictures.samples())
+        # A million rows take half a minute.
+        note, samples = self._run.path / ".samples.json", self._run.samples
+        remembered(note, pictures.key, lambda: write_rows(samples, pictures.samples()), samples)
         write_rows(self._run.skipped, pictures.skipped())
         looked_at = (pictures.overlap.looked_at, pictures.overlap.pictures) if pictures.overlap else None
         skipped = count_by(item.reason for item in pictures.skipped())

@@ -1,7 +1,8 @@
-"""What a scan keeps for the next one, damaged: the same pictures, or a line that says what to delete."""
+"""What a scan keeps for the next one, damaged: the same pictures all the same."""
 
 from __future__ import annotations
 
+import random
 import resource
 import sqlite3
 from pathlib import Path
@@ -21,27 +22,63 @@ def found(config: AlignConfig, run: RunFolder) -> list[str]:
         return [sample.sha256 for sample in pictures.samples()]
 
 
-def test_a_damaged_cache_gives_the_same_pictures_or_says_what_to_delete(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
     (tmp_path / "images").mkdir()
     for number in range(30):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
-    run = RunFolder(tmp_path / "run")
-    images = str(tmp_path / "images")
-    config = AlignConfig(images=images, teacher="fake:", student="fake:", task="reference", out=run.path)
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def config(run: RunFolder) -> AlignConfig:
+    images = str(run.path.parent / "images")
+    return AlignConfig(images=images, teacher="fake:", student="fake:", task="reference", out=run.path)
+
+
+def test_a_cut_cache_gives_the_same_pictures(config: AlignConfig, run: RunFolder) -> None:
     wanted, cache = found(config, run), run.path / ".scan.sqlite"
     whole = cache.read_bytes()
     for size in range(0, len(whole), len(whole) // 24):  # also in the middle of the last page
         cache.write_bytes(whole[:size])
         assert found(config, run) == wanted
-    # All that comes after the schema and the rules: only who reads the checks sees that they are gone.
-    kept = 3 * 4096
-    cache.write_bytes(whole[:kept] + bytes(len(whole) - kept))
-    with pytest.raises(RunError) as error:
-        found(config, run)
-    assert str(error.value).startswith(f"{cache} is damaged (")
-    assert "Delete it, and type the same command again" in str(error.value)
-    cache.unlink()
+    # All that comes after the schema and the rules.
+    assert len(whole) > 2 * 4096
+    cache.write_bytes(whole[: 2 * 4096] + bytes(len(whole) - 2 * 4096))
     assert found(config, run) == wanted
+
+
+def test_a_bit_that_flips_changes_no_picture(config: AlignConfig, run: RunFolder) -> None:
+    """SQLite sees none in a row: a digest, a path or a reason was another then, and so was the run."""
+    wanted, cache = found(config, run), run.path / ".scan.sqlite"
+    whole, rng = cache.read_bytes(), random.Random(0)
+    sha256 = whole.index(bytes.fromhex(wanted[7]))
+    anywhere = [place for place in range(len(whole)) if whole[place]]
+    for place in (sha256, whole.index(b"CREATE TABLE checks") + 40, 18, *rng.sample(anywhere, 60)):
+        cache.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        assert found(config, run) == wanted, place
+
+
+def test_damage_that_shows_later_says_what_to_delete(config: AlignConfig, run: RunFolder) -> None:
+    cache = run.path / ".scan.sqlite"
+    with (  # noqa: PT012 (what raises is the whole block, with its end)
+        pytest.raises(RunError, match="Delete it, and type the same command again") as caught,
+        find_pictures(config, run) as pictures,
+    ):
+        cache.write_bytes(bytes(cache.stat().st_size))
+        list(pictures.samples())
+    assert str(caught.value).startswith(f"{cache} is damaged (")
+
+
+def test_a_table_that_lost_a_row_is_read_again(tmp_path: Path) -> None:
+    with ScanIndex(tmp_path / "cache", {}) as index:
+        index.put([Check(b"1", "t:1"), Check(b"2", "t:2")])
+        assert not index.finished
+        index.finish()
+    with ScanIndex(tmp_path / "cache", {}) as index:
+        assert index.finished
+        index._database.execute("DELETE FROM checks WHERE key = ?", (b"2",))
+        assert not index.finished
 
 
 def test_a_full_disk_costs_no_cache(tmp_path: Path) -> None:
