@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from mpa_edge.audit import audit_run
-from mpa_edge.audit_counts import Round, histograms
+from mpa_edge.audit_counts import MOST_ERRORS, Round, histograms
 from mpa_edge.audit_questions import Favourites
 from mpa_edge.audit_sample import MOST_REASONS, Sampler, Shown
 from mpa_edge.config import AlignConfig
@@ -223,6 +223,13 @@ def test_histograms() -> None:
     assert votes["title"].startswith("teacher’s votes")
     assert [(bar["count"], bar["right"]) for bar in votes["bars"]] == [(1, False), (1, False), (1, True), (2, True)]
     assert histograms(Round()) == []
+
+
+def test_errors_without_end_are_not_all_counted_apart() -> None:
+    found = Round()
+    for number in range(2 * MOST_ERRORS):
+        found.add(replace(case(number, "error"), reason=f"HTTP 500: request {number} failed"), False)
+    assert (len(found.errors), found.errors["others"]) == (MOST_ERRORS + 1, MOST_ERRORS)
 
 
 # --- the teacher's favourites ----------------------------------------------------------------------------------------

@@ -105,6 +105,13 @@ def test_a_list_file(folder: Path) -> None:
     assert {Path(item.path).name: item.reason for item in skipped} == {"gone.png": "missing", "notes.txt": "unreadable"}
 
 
+def test_names_of_a_list_are_as_short_as_those_of_a_folder(folder: Path) -> None:
+    (folder / "list.txt").write_text(f"./b.jpg\nsub//c.webp\nsub/./c.webp\n{folder}/./a.PNG\n")
+    samples, skipped = scan_images(folder / "list.txt")
+    assert [sample.path for sample in samples] == [f"{folder}/{name}" for name in ("a.PNG", "b.jpg", "sub/c.webp")]
+    assert skipped == []
+
+
 def test_a_list_with_a_nul_in_a_name(folder: Path) -> None:
     (folder / "list.txt").write_text("b.jpg\na\0.PNG\n")
     samples, skipped = scan_images(folder / "list.txt")

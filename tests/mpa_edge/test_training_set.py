@@ -175,6 +175,20 @@ def test_a_run_that_is_finished_asks_nothing(photos: Path, tmp_path: Path) -> No
     assert not hasattr(teacher, "log")
 
 
+def test_the_list_of_pictures_is_written_again_only_where_it_is_another(photos: Path, tmp_path: Path) -> None:
+    make(photos, tmp_path / "run")
+    samples = tmp_path / "run" / "samples.jsonl"
+    written, content = samples.stat().st_mtime_ns, samples.read_bytes()
+    make(photos, tmp_path / "run")
+    assert samples.stat().st_mtime_ns == written
+    samples.write_bytes(content[:-9])
+    make(photos, tmp_path / "run")
+    assert samples.read_bytes() == content
+    photos.rename(tmp_path / "moved")
+    make(tmp_path / "moved", tmp_path / "run")
+    assert samples.read_bytes() == content.replace(b"/photos/", b"/moved/") != content
+
+
 def test_a_run_and_its_pictures_can_be_moved(photos: Path, tmp_path: Path) -> None:
     before = make(photos, tmp_path / "a" / "run")
     (tmp_path / "b").mkdir()
