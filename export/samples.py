@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from mpa_edge.errors import ImageError, RunError
-from mpa_edge.parts import read_parts
+from mpa_edge.parts import Parts
 from mpa_edge.records import Case, Sample, read_rows
 from mpa_edge.run_folder import RunFolder, read_run
 from mpa_edge.runtime.images import open_image
 from mpa_edge.tasks import Task
+
+Item = TypeVar("Item")
 
 QUESTIONS = ("What is in the picture?", "What does the sign say?", "How many shapes are there?", "Is it red?")
 
@@ -31,21 +35,32 @@ def run_questions(run: Path, task: Task | None, count: int) -> list[Question]:
     no more. Pictures that are gone are passed over."""
     folder = RunFolder(run)
     try:
-        cases = list(read_parts(folder.cases, Case))
-        paths = {sample.id: sample.path for sample in read_rows(folder.samples, Sample)}
+        cases = _some_cases(Parts(folder.cases, Case), count)
+        asked = {case.sample_id for case in cases}
+        paths = {sample.id: sample.path for sample in read_rows(folder.samples, Sample) if sample.id in asked}
         images = Path(read_run(run).get("config", {}).get("images", "."))
     except (OSError, RunError):
         return []
     root = images if images.is_dir() else images.parent
-    step = max(1, len(cases) // max(1, count))
     questions = []
-    for case in cases[::step][:count]:
+    for case in cases:
         try:
             image = open_image(root / paths[case.sample_id])
         except (ImageError, KeyError):
             continue
         questions.append(Question(image, task.prompt(case.question) if task else case.question))
     return questions
+
+
+def _some_cases(parts: Parts[Case], count: int) -> list[Case]:
+    """So many, from all over; a run of a million is not read through for them."""
+    numbers = _spread(range(parts.count), count)
+    each = -(-count // max(1, len(numbers)))
+    return [case for number in numbers for case in _spread(parts.read(number), each)][:count]
+
+
+def _spread(items: Sequence[Item], count: int) -> Sequence[Item]:
+    return items[:: max(1, len(items) // max(1, count))][:count]
 
 
 def synthetic_questions(count: int) -> list[Question]:

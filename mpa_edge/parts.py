@@ -76,7 +76,12 @@ class Parts(Generic[Row]):
 
     def __iter__(self) -> Iterator[list[Row]]:
         """The rows of a finished stage, part by part in input order; `RunError` when parts are missing."""
-        return (self.read(number) for number in range(_read_stage(self.folder)["parts"]))
+        return (self.read(number) for number in range(self.count))
+
+    @property
+    def count(self) -> int:
+        """How many parts the finished stage has."""
+        return int(_read_stage(self.folder)["parts"])
 
     def _note(self, number: int) -> Path:
         return part_path(self.folder, number).with_suffix(".failed")
