@@ -19,6 +19,7 @@ from torch import nn
 
 from mpa_edge.errors import RunError
 from mpa_edge.sharding import like, whole
+from mpa_edge.zero import Zero
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -50,7 +51,7 @@ def save_checkpoint(
     folder: Path,
     weights: Mapping[str, nn.Parameter],
     best: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Zero,
     state: State,
     *,
     write: bool = True,
@@ -94,7 +95,7 @@ def load_checkpoint(
     folder: Path,
     weights: Mapping[str, nn.Parameter],
     best: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Zero,
 ) -> State:
     """Put everything back as it was; a new state where there is no checkpoint. Raises `RunError` for a damaged one."""
     path = folder / CHECKPOINT

@@ -18,7 +18,7 @@ Part = Literal["language", "connector", "vision"]
 Checkpointing = Literal["auto", "on", "off"]
 SaveAs = Literal["llava", "sharegpt"]
 Engine = Literal["local", "ray"]
-Accelerate = Literal["ddp", "fsdp"]
+Accelerate = Literal["ddp", "fsdp", "deepspeed"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -134,7 +134,10 @@ class AlignConfig(Settings):
     checkpointing: Checkpointing = setting("auto", TRAINING, help="Trade time for memory (gradient checkpointing).")
 
     accelerate: Accelerate | None = setting(
-        None, SCALE, help="Train in several processes: ddp, or fsdp, which spreads the student over them.", shown="one"
+        None,
+        SCALE,
+        help="Train in several processes: ddp, fsdp, which spreads the student over them, or deepspeed, its optimizer.",
+        shown="one",
     )
     processes: int | None = setting(None, SCALE, ge=1, help="How many of them.", shown="as many as GPUs")
     engine: Engine = setting("local", SCALE, help="Where pictures are asked about: in this process, or by Ray actors.")

@@ -1,8 +1,9 @@
 """The same command once more, in several processes that share the training: what `accelerate launch` does, with the
 configurations that lie in `accelerate_configs/`.
 
-    ddp      each process has the whole student
-    fsdp     each has a share of it (`mpa_edge.sharding`)
+    ddp          each process has the whole student
+    fsdp         each has a share of it (`mpa_edge.sharding`)
+    deepspeed    each has the whole student, and a share of its optimizer (`mpa_edge.zero`)
 
 For several machines, give these files to `accelerate launch --config_file … --num_machines …` yourself.
 """
@@ -26,10 +27,12 @@ def relaunch_if_wanted(config: AlignConfig, arguments: Sequence[str]) -> None:
     """Become the launcher of several processes with the same arguments, where `--accelerate` asks for it and this is
     none of them. Returns otherwise. `InputError` where it is not said how many, and the machine does not tell."""
     if config.processes and config.accelerate is None:
-        raise InputError("--processes goes with --accelerate ddp or --accelerate fsdp")
+        raise InputError("--processes goes with --accelerate ddp, fsdp or deepspeed")
     if config.accelerate is None or launched() > 1:
         return
     require("align", ("torch", "accelerate"))
+    if config.accelerate == "deepspeed":
+        require("deepspeed", ["deepspeed"])
     count = config.processes or _gpus(config)
     if count > 1:
         _become(command(config.accelerate, count, arguments))

@@ -32,6 +32,7 @@ from mpa_edge.sums import refuse_damaged, write_sums
 from mpa_edge.trainable import count_parameters
 from mpa_edge.training_data import Example, TrainingData, in_batches, loss_and_exact, split_by_group
 from mpa_edge.transformers_vlm import TransformersVlm
+from mpa_edge.zero import Zero
 
 METRICS = "metrics.json"
 # Fewer rows than this are no training set.
@@ -131,7 +132,10 @@ class _Training:
         if ranks.sharded:
             self._weights = shard(student.model, self._weights, offload=ranks.offload)
         self._best = {name: kept(weight) for name, weight in self._weights.items()}
-        self._optimizer = torch.optim.AdamW(self._weights.values(), lr=rate, weight_decay=0.0)
+        self._zero: Zero | None = None
+        if ranks.zero:
+            self._zero = Zero(student.model, self._weights.values(), self._loss_and_exact, rate=rate, clip=CLIP)
+        self._optimizer = self._zero or torch.optim.AdamW(self._weights.values(), lr=rate, weight_decay=0.0)
         self._steps_per_epoch = math.ceil(len(self._train) / _rows_per_step(config))
         self._state = State()
 
@@ -175,19 +179,25 @@ class _Training:
         state.tokens += tokens
 
     def _accumulate(self, rows: list[int], tokens: int) -> float:
-        """Leave the gradient of the rows' loss per token in the weights, the same in each process. Returns the loss's
-        sum over the tokens."""
+        """Leave the gradient of the rows' loss per token in the weights, the same in each process; DeepSpeed keeps it
+        to itself. Returns the loss's sum over the tokens."""
         self._student.model.train()
         self._optimizer.zero_grad()
         total = torch.zeros((), device=self._student.model.device)
         size, ranks = self._config.train_batch_size, self._ranks
         mine = list(in_batches(ranks.share(rows), size))
-        # A spread student's gradients are summed already, and divided by the number of processes.
-        scale = (ranks.count if ranks.sharded else 1) / tokens
-        for places, counts in self._together(mine, math.ceil(math.ceil(len(rows) / ranks.count) / size), rows[:1]):
-            loss, _ = self._loss_and_exact(places)
-            (loss * (counts * scale)).backward()
+        # FSDP and DeepSpeed sum gradients themselves, and divide by the number of processes.
+        scale = (ranks.count if ranks.together else 1) / tokens
+        most = math.ceil(math.ceil(len(rows) / ranks.count) / size)
+        for number, (places, counts) in enumerate(self._together(mine, most, rows[:1]), 1):
+            if self._zero:
+                loss = self._zero.backward(places, scale=counts * scale, last=number == most)
+            else:
+                loss, _ = self._loss_and_exact(places)
+                (loss * (counts * scale)).backward()
             total += counts * loss.detach()
+        if self._zero:
+            return float(ranks.sum([total])[0])
         # A weight that no output depends on has no gradient: towers may have layers whose output is not used.
         gradients = [weight.grad if weight.grad is not None else weight * 0 for weight in self._weights.values()]
         if ranks.sharded:
@@ -201,10 +211,10 @@ class _Training:
     def _together(
         self, mine: Sequence[Sequence[int]], passes: int, other: Sequence[int]
     ) -> Iterator[tuple[Sequence[int], int]]:
-        """This process's batches, which count. Of a spread student all processes must make as many passes: those that
-        have fewer batches make the rest with another one, which does not count."""
+        """This process's batches, which count. Where all processes must make as many passes, those that have fewer
+        batches make the rest with another one, which does not count."""
         yield from ((places, 1) for places in mine)
-        if self._ranks.sharded:
+        if self._ranks.together:
             yield from ((other, 0) for _ in range(passes - len(mine)))
 
     def _loss_and_exact(self, places: Sequence[int]) -> tuple[torch.Tensor, int]:
@@ -251,10 +261,12 @@ class _Training:
 
     def _save_checkpoint(self) -> None:
         write = self._ranks.number == 0
-        if write or self._ranks.sharded:
+        if write or self._ranks.together:
             save_checkpoint(self._folder, self._weights, self._best, self._optimizer, self._state, write=write)
 
     def _finish(self) -> None:
+        if self._zero:
+            self._zero.close()
         if self._ranks.sharded:
             reshard(self._student.model)
         with torch.no_grad():

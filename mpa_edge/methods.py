@@ -14,7 +14,7 @@ from mpa_edge.config import AlignConfig, Method
 from mpa_edge.errors import InputError, MissingExtra
 from mpa_edge.full import WholeModel
 from mpa_edge.lora import Adapter
-from mpa_edge.ranks import is_sharded, launched
+from mpa_edge.ranks import is_sharded, is_zero, launched
 from mpa_edge.transformers_vlm import TransformersVlm
 
 # Models of fewer weights are trained without gradient checkpointing: there is memory enough, and it costs a third.
@@ -43,8 +43,8 @@ def refuse_untrainable(config: AlignConfig) -> None:
             raise InputError("--method qlora: needs a CUDA GPU; --method lora runs anywhere")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise MissingExtra("bitsandbytes", "cuda")
-        if launched() > 1 and is_sharded():
-            raise InputError("--method qlora: 4-bit weights cannot be spread over processes; use --accelerate ddp")
+        if launched() > 1 and (is_sharded() or is_zero()):
+            raise InputError("--method qlora: 4-bit models are trained in several processes by --accelerate ddp only")
     if config.dtype == "float16":
         raise InputError("--dtype float16: gradients do not fit into it; bfloat16 and float32 can be trained in")
 

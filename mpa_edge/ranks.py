@@ -2,8 +2,8 @@
 
 The main process does everything but the training's steps by itself: it asks the models and writes the files, which the
 others must be able to read. Each process takes its share of every step's rows and gradients are summed, so the result
-does not depend on the number of processes, up to rounding. Either each has the whole student (DDP), or each a share of
-it (FSDP, `mpa_edge.sharding`).
+does not depend on the number of processes, up to rounding. Each has the whole student (DDP), or a share of it (FSDP,
+`mpa_edge.sharding`), or the whole one and a share of its optimizer (DeepSpeed, `mpa_edge.zero`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
-
-from mpa_edge.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -31,6 +29,11 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def is_zero() -> bool:
+    """Whether the processes were started for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
 def is_main() -> bool:
     """Whether this process is the only one, or the one that does everything but its share of the training."""
     return launched() == 1 or os.environ.get("RANK", "0") == "0"
@@ -44,16 +47,23 @@ class Ranks:
         self._state: Any = None
         self.count, self.number = 1, 0
         if launched() > 1:
-            if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-                raise InputError(
-                    "DeepSpeed cannot train here; --accelerate fsdp spreads the student as its ZeRO-3 does"
-                )
             from accelerate import PartialState
+
+            if is_zero():
+                from mpa_edge.zero import prepare
+
+                prepare(cpu=cpu)
 
             self._state = PartialState(cpu=cpu, timeout=PATIENCE)
             self.count, self.number = self._state.num_processes, self._state.process_index
         self.sharded = self.count > 1 and is_sharded()
+        self.zero = self.count > 1 and is_zero()
         self.offload = self.sharded and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+
+    @property
+    def together(self) -> bool:
+        """Whether all processes must make the same passes, whose gradients come as their mean."""
+        return self.sharded or self.zero
 
     @classmethod
     def of(cls, device: str) -> Ranks:

@@ -1,8 +1,9 @@
-"""Two real processes train with a whole student each, and with a share of one each: the same as one process, which goes
-on from their checkpoints as they go on from its own."""
+"""Two real processes train with a whole student each, with a share of one each, and with a share of its optimizer each:
+the same as one process, which goes on from their checkpoints as they go on from its own."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,15 +12,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mpa_edge import level as module
-from mpa_edge.config import AlignConfig
-from mpa_edge.errors import InputError
+from mpa_edge.config import Accelerate, AlignConfig
+from mpa_edge.errors import InputError, MissingExtra
 from mpa_edge.launching import CONFIGS, command, relaunch_if_wanted
 from mpa_edge.level import level
 from mpa_edge.methods import refuse_untrainable
@@ -32,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     **{"images": "none", "teacher": "none", "task": "reference", "device": "cpu", "epochs": 2, "patience": 99},
     **{"train_batch_size": 3, "accumulate": 2, "learning_rate": 5e-3, "rank": 4, "holdout": 0.1},
 }
-WAYS = ("ddp", "fsdp")
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not there")
 
 
 class Enough(Exception):
@@ -61,7 +62,7 @@ def share(work: Path) -> None:
     """What each of the two processes does."""
     told = json.loads((work / "task.json").read_text())
     examples = [Example(**{**row, "image": Path(row["image"])}) for row in told["examples"]]
-    for way in WAYS:
+    for way in told["ways"]:
         os.environ["ACCELERATE_USE_FSDP"] = str(way == "fsdp")
         train(told["student"], examples, work / f"{way}-two-then-one", 3)
         train(told["student"], examples, work / f"{way}-one-then-two")
@@ -84,21 +85,22 @@ def same(folder: Path, wanted: Path) -> None:
         torch.testing.assert_close(tensor, others[key], rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.parametrize("ways", [("ddp", "fsdp"), pytest.param(("deepspeed",), marks=needs_deepspeed)])
 def test_any_number_of_processes_trains_the_same_and_goes_on_from_any_others_checkpoint(
-    tiny_one_tile: Path, disc_examples: Callable[..., list[Example]], tmp_path: Path
+    ways: tuple[str, ...], tiny_one_tile: Path, disc_examples: Callable[..., list[Example]], tmp_path: Path
 ) -> None:
     examples, student = disc_examples(24, "What colour?"), str(tiny_one_tile)
     rows = [{**asdict(example), "image": str(example.image)} for example in examples]
-    (tmp_path / "task.json").write_text(json.dumps({"student": student, "examples": rows}))
+    (tmp_path / "task.json").write_text(json.dumps({"ways": ways, "student": student, "examples": rows}))
     train(student, examples, tmp_path / "one")
     train(student, examples, tmp_path / "full-one", method="full")
     train(student, examples, tmp_path / "begun", 3)
-    for way in WAYS:
+    for way in ways:
         shutil.copytree(tmp_path / "begun", tmp_path / f"{way}-one-then-two")
-    launch = command("fsdp", 2, [])[:-2]
+    launch = command(ways[-1], 2, [])[:-2]
     done = subprocess.run([*launch, __file__, str(tmp_path)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    for way in WAYS:
+    for way in ways:
         assert (tmp_path / f"{way}-two-then-one" / "checkpoint.safetensors").exists()
         train(student, examples, tmp_path / f"{way}-two-then-one")
         for order in ("one-then-two", "two-then-one"):
@@ -114,16 +116,21 @@ def test_what_cannot_be_shared_is_refused_in_words(monkeypatch: pytest.MonkeyPat
     relaunch_if_wanted(AlignConfig(student="x", **SETTINGS), [])
     with pytest.raises(InputError, match="--processes goes with --accelerate"):
         relaunch_if_wanted(AlignConfig(student="x", processes=2, **SETTINGS), [])
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(WAYS)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(get_args(Accelerate))
     monkeypatch.setenv("WORLD_SIZE", "2")
     relaunch_if_wanted(config, [])  # a process that was started so
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    with pytest.raises(InputError, match="--method qlora: 4-bit weights cannot be spread"):
+    with pytest.raises(InputError, match="--method qlora: 4-bit models are trained in several"):
         refuse_untrainable(AlignConfig(**{**SETTINGS, "student": "x", "method": "qlora", "device": "cuda"}))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match="DeepSpeed cannot train here; --accelerate fsdp"):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(InputError, match="ZeRO stage must be 1 or 2, not 3; or use --accelerate fsdp"):
+        Ranks(cpu=True)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"mpa-edge\[deepspeed\]"):
         Ranks(cpu=True)
 
 
