@@ -13,7 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -232,18 +232,32 @@ def _scan_rows(
     if index.finished and all(is_there(store / name, size) for name, size in index.stored()):
         return
     index.clear()
-    index.put(_checked_rows(table, store, min_edge, limit, pool, progress))
+    checks = _checked_rows(table, store, min_edge, pool, progress)
+    if limit is None:
+        index.put(checks)
+        return
+    while (missing := limit - index.usable) and (check := next(checks, None)):
+        index.put(_up_to(missing, chain([check], checks)))
+
+
+def _up_to(usable: int, checks: Iterable[Check]) -> Iterator[Check]:
+    """Checks up to so many of usable pictures, some of which may be the same."""
+    for check in checks:
+        yield check
+        usable -= bool(check.stored)
+        if not usable:
+            return
 
 
 def _checked_rows(
-    table: Table, store: Path, min_edge: int, limit: int | None, pool: ThreadPoolExecutor, progress: Progress | None
+    table: Table, store: Path, min_edge: int, pool: ThreadPoolExecutor, progress: Progress | None
 ) -> Iterator[Check]:
     """The checks of a table's rows, some rows at a time: what the pool is given at once lies in memory."""
     store.mkdir(parents=True, exist_ok=True)
     sweep(store)
     column = table.picture_column()
     rows = enumerate(table.rows([column]))
-    done, usable = 0, set[bytes]()
+    done = 0
     while batch := list(islice(rows, ROWS)):
         checks = pool.map(lambda row: _check_row(row[0], row[1][0], row[1][1], row[1][2][column], min_edge), batch)
         for check, data in checks:
@@ -251,10 +265,6 @@ def _checked_rows(
             if check.stored:
                 keep(store / check.stored, data)
             yield check
-            if limit is not None and check.stored:
-                usable.add(check.sha256)
-                if len(usable) >= limit:
-                    return
         if progress:
             progress(done, table.count)
 
