@@ -14,12 +14,14 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Image
 from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mpa_edge.ahead import ahead
 
 CACHE_BYTES = 2 << 30
 # An encoder that gives more than these (deepstack features, say) cannot be replaced by its pooled output.
@@ -87,8 +89,7 @@ class KnownPictures:
 
     def __call__(self, images: Sequence[Any], **settings: Any) -> BatchFeature:
         """As the image processor's call, for pictures of which each comes alone, in a list of its own or not."""
-        for place in range(len(images)):
-            self._wanted.append(self._know(images[place : place + 1], settings))
+        self._wanted += self._know([images[place : place + 1] for place in range(len(images))], settings)
         return BatchFeature(
             {key: _joined([known.facts[key] for known in self._wanted]) for key in self._wanted[0].facts}
         )
@@ -100,15 +101,19 @@ class KnownPictures:
             features = torch.cat(features)
         return {"image": BaseModelOutputWithPooling(pooler_output=features)}
 
-    def _know(self, image: Sequence[Any], settings: dict[str, Any]) -> Known:
-        key = digest_of(image[0] if isinstance(image[0], Image) else image[0][0])
-        known = self._cache.get(key)
-        if known is None:
+    def _know(self, images: list[Any], settings: dict[str, Any]) -> list[Known]:
+        keys = [digest_of(image[0] if isinstance(image[0], Image) else image[0][0]) for image in images]
+        known = {key: self._cache.get(key) for key in keys}
+        new = {key: image for key, image in zip(keys, images, strict=True) if known[key] is None}
+        tensors = {**settings, "return_tensors": "pt"}
+        # One core makes pixels more slowly than a GPU encodes them.
+        pixels = ahead(lambda image: self._image_processor(images=image, **tensors), new.values())
+        for key, outputs in zip(new, pixels, strict=True):
             # What is made in inference mode could not be trained on.
             with torch.inference_mode(False), torch.no_grad():
-                known = self._encode(self._image_processor(images=image, **{**settings, "return_tensors": "pt"}))
-            self._cache.put(key, known)
-        return known
+                found = known[key] = self._encode(outputs)
+            self._cache.put(key, found)
+        return [cast("Known", known[key]) for key in keys]
 
     def _encode(self, outputs: BatchFeature) -> Known:
         encode = self._model.get_image_features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -45,11 +46,14 @@ def open_engine(
 ) -> OnnxEngine:
     """The engine of an ONNX bundle; see `OnnxEngine`.
 
-    `device` is a key of `PROVIDERS`; `auto` is CUDA for a bundle in half precision where this ONNX Runtime has it, else
-    the CPU: the fused attention has GPU kernels for half precision only. Raises `InputError` for others.
+    `device` is a key of `PROVIDERS`; `auto` is CUDA for a bundle in half precision where this ONNX Runtime has it and
+    it works, else the CPU: the fused attention has GPU kernels for half precision only. Raises `InputError` for others.
     """
     if device == "auto":
-        device = "cuda" if bundle.quantization in HALF and CUDA in ort.get_available_providers() else "cpu"
+        if bundle.quantization in HALF and CUDA in ort.get_available_providers():
+            with suppress(InputError):
+                return OnnxEngine(folder, bundle, image_token, threads, providers=PROVIDERS["cuda"])
+        device = "cpu"
     if device not in PROVIDERS:
         raise InputError(f"--device {device}: ONNX Runtime knows auto, {', '.join(PROVIDERS)}")
     return OnnxEngine(folder, bundle, image_token, threads, providers=PROVIDERS[device])
@@ -60,7 +64,7 @@ class OnnxEngine(EmbeddingEngine):
 
     `providers` are ONNX Runtime's execution providers in order of preference; the key-value cache stays in the memory
     of the first one. Raises `BundleError` for a graph that cannot be loaded and `InputError` for a provider that is not
-    installed.
+    installed, or does not work here.
     """
 
     name = "onnxruntime"
@@ -190,8 +194,15 @@ def _session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; the input with a default is warned about at every start otherwise
     path = bundle.path_of(folder, role)
+    if CUDA in providers and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries from pip's packages, where there are such
     try:
-        return ort.InferenceSession(path, options, providers=list(providers))
+        session = ort.InferenceSession(path, options, providers=list(providers))
     except Exception as error:  # the C++ side raises a dozen kinds
         reason = one_line(str(error))
         raise BundleError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {reason}") from error
+    # It goes on with the next provider where the first one's libraries or device are missing.
+    if providers[0] not in session.get_providers():
+        cure = 'pip install "onnxruntime-gpu[cuda,cudnn]"' if providers[0] in (CUDA, TENSORRT) else "see its log"
+        raise InputError(f"{providers[0]} is in this ONNX Runtime and does not work here (its libraries? {cure})")
+    return session

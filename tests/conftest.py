@@ -22,6 +22,8 @@ from tiny_models import (
 # The smallest machine that the suite must run on has two cores; one thread each keeps runs comparable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Exact comparisons are for the CPU. For what only a GPU shows: CUDA_VISIBLE_DEVICES=0 pytest tests/gpu
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def test_run_json_tells_what_was_done(run: tuple[Path, Any], tiny_pair: Any) -> 
     assert log["stages"]["annotate"]["rejected"] == result.rejected
     assert log["stages"]["level"]["parameters"]["trainable"]
     assert len(log["teacher"]["weights"]) == len(log["student"]["weights"]) == 64
-    assert log["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(log["versions"]["torch"])
 
 
 def test_the_summary_says_what_was_kept_dropped_and_what_is_next(run: tuple[Path, Any]) -> None:

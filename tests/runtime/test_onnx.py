@@ -218,6 +218,23 @@ def test_a_damaged_graph_and_a_missing_provider_are_named(
         OnnxEngine(tmp_path, bundle, 0)
 
 
+def test_a_provider_that_does_not_work_is_not_replaced_in_silence(
+    tiny_one_tile: Path, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine whose ONNX Runtime has CUDA and whose CUDA libraries are missing."""
+    import onnxruntime as ort
+
+    folder = make_bundle(tiny_one_tile, "fp16")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with (
+        pytest.warns(UserWarning, match="not in available provider names"),
+        pytest.raises(InputError, match=r'does not work here .*pip install "onnxruntime-gpu'),
+    ):
+        load(folder, device="cuda")
+    with pytest.warns(UserWarning, match="not in available provider names"), load(folder) as vlm:
+        assert vlm.reader.engine.device == "CPUExecutionProvider"
+
+
 def opened(folder: Path, image: Image.Image) -> tuple[OnnxEngine, list[int], Any]:
     """The engine of a bundle, and a prompt about the picture with its features."""
     with load(folder, threads=1) as vlm:
