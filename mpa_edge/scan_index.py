@@ -88,7 +88,7 @@ class ScanIndex:
         self._database = _connect(path)
         try:
             self._prepare(path)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # of a name that damage made
             self.close()
             if path is None or disk_trouble(error):
                 raise

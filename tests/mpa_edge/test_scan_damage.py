@@ -54,9 +54,11 @@ def test_a_bit_that_flips_changes_no_picture(config: AlignConfig, run: RunFolder
     whole, rng = cache.read_bytes(), random.Random(0)
     sha256 = whole.index(bytes.fromhex(wanted[7]))
     anywhere = [place for place in range(len(whole)) if whole[place]]
-    for place in (sha256, whole.index(b"CREATE TABLE checks") + 40, 18, *rng.sample(anywhere, 20)):
-        cache.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
-        assert found(config, run) == wanted, place
+    flips = [(place, 1 << rng.randrange(8)) for place in (sha256, 18, *rng.sample(anywhere, 20))]
+    flips += [(whole.index(b"CREATE TABLE checks") + 3, 128)]  # SQLite's message about it is no text
+    for place, bit in flips:
+        cache.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        assert found(config, run) == wanted, (place, bit)
 
 
 def test_damage_that_shows_later_says_what_to_delete(config: AlignConfig, run: RunFolder) -> None:
