@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = OUT,
 ) -> None:
     """Go through the rounds and write what came of them."""
+    hear_signals()
     if sys.platform == "linux" and INSIDE not in os.environ:
         _go_inside()
     known = _read(out, seed)
@@ -104,6 +106,14 @@ def drawn(rounds: int, seed: int) -> list[tuple[str, str]]:
         rng.shuffle(block)
         found += block
     return found[:rounds]
+
+
+def hear_signals() -> None:
+    """In the background of a shell Ctrl-C is ignored, under nohup the end of a terminal; programs that are started
+    there inherit that, and nothing would be tried."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Stage:
