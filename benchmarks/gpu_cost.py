@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,6 +75,7 @@ def measure(teacher: TransformersVlm, student: TransformersVlm, work: Work, fold
         write_photos(folder / str(number), WARM_UP if number == 0 else work.pictures)
         for number in range(work.repeats + 1)
     ]
+    _say("the photos are written")
     rates = rates_of(teacher.model.device)
     stages: dict[str, dict[str, Any]] = {}
     for name, vlm, decodings, seen in (
@@ -81,10 +83,10 @@ def measure(teacher: TransformersVlm, student: TransformersVlm, work: Work, fold
         ("check", teacher, [short] * work.questions, True),
         ("student", student, [short] * work.questions, False),
     ):
-        taken = [_timed(vlm, lambda photos=photos: _ask(vlm, photos, decodings)) for photos in series][1:]  # noqa: B023
-        typer.echo(f"{name}: {taken}", err=True)
+        taken = [_timed(vlm, partial(_ask, vlm, photos, decodings)) for photos in series][1:]
+        _say(f"{name}: {[_short(second) for second in taken]} s")
         stages[name] = _told(taken, work.pictures * work.questions) | _floor(vlm, decodings[0], work, rates, seen=seen)
-    stages["train"] = _train(student, series[1:], work, rates)
+    stages["train"] = _train(student, series[1], work, rates)
     return {"stages": stages, "flops_per_s": rates.flops, "copied_bytes_per_s": rates.copied}
 
 
@@ -98,7 +100,7 @@ def _ask(vlm: TransformersVlm, photos: list[Path], decodings: list[Decoding]) ->
             raise RuntimeError(failed[0])
 
 
-def _train(student: TransformersVlm, series: list[list[Path]], work: Work, rates: Rates) -> dict[str, Any]:
+def _train(student: TransformersVlm, photos: list[Path], work: Work, rates: Rates) -> dict[str, Any]:
     import torch
 
     from mpa_edge.benchmarks.align_ways import train_epoch
@@ -108,11 +110,11 @@ def _train(student: TransformersVlm, series: list[list[Path]], work: Work, rates
 
     examples = [
         Example(f"{path}", path.name, path, f"{QUESTION} ({number})", "an answer", "parity")
-        for path in (path for photos in series for path in photos)
+        for path in photos
         for number in range(work.questions)
     ]
     data = TrainingData(student, examples)
-    data.prepare()
+    _say(f"the rows are prepared: {_timed(student, data.prepare):.1f} s")
     config = AlignConfig(images="-", teacher="-", student="student", task="reference")
     with tempfile.TemporaryDirectory() as folder:
         trainee = make_trainable(student, config, Path(folder), None)
@@ -123,7 +125,8 @@ def _train(student: TransformersVlm, series: list[list[Path]], work: Work, rates
 
     epoch()
     taken = [_timed(student, epoch) for _ in range(work.repeats)]
-    prompt = student.encode([open_image(series[0][0])], [QUESTION])["input_ids"].shape[1]
+    _say(f"train: {[_short(second) for second in taken]} s")
+    prompt = student.encode([open_image(photos[0])], [QUESTION])["input_ids"].shape[1]
     floor = 3 * 2 * _weights(student)[0] * prompt / rates.flops
     return _told(taken, len(examples)) | {"prompt_tokens": prompt, "floor_s": _short(floor)}
 
@@ -174,6 +177,10 @@ def rates_of(device: Any) -> Rates:
     product = min(_seconds(device, lambda: left @ right) for _ in range(10))
     copy = min(_seconds(device, lambda: target.copy_(source)) for _ in range(10))
     return Rates(2 * size**3 / product, 2 * source.nbytes / copy)
+
+
+def _say(line: str) -> None:
+    typer.echo(f"{datetime.now():%H:%M:%S} {line}", err=True)
 
 
 def _timed(vlm: TransformersVlm, work: Callable[[], Any]) -> float:
@@ -250,6 +257,7 @@ def main(
         "Qwen2-VL-7B", lambda: random_qwen2_vl(QWEN_7B_TEXT, tied=False, most_image_tokens=1280), device, batch_size
     )
     student = open_random("SmolVLM-500M", lambda: random_smolvlm(longest_edge=2048), device, batch_size)
+    _say("both models are made")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(teacher, student, Work(pictures=pictures), Path(folder))
     where = teacher.model.device

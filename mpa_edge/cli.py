@@ -263,12 +263,13 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge 
 )
 def selfcheck(
     bundle: Annotated[Path, typer.Argument(help="A bundle that mpa-edge export made.")],
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Check a bundle's files, and replay the samples in its manifest; exit code 1 unless all is equal."""
     from mpa_edge.runtime.selfcheck import selfcheck as run_selfcheck
 
-    outcome = run_selfcheck(bundle, threads=threads)
+    outcome = run_selfcheck(bundle, device=device, threads=threads)
     typer.echo("\n".join(outcome.lines()))
     if not outcome.passed:
         raise typer.Exit(1)

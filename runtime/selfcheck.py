@@ -90,13 +90,14 @@ def record(vlm: BundleVlm) -> list[dict[str, Any]]:
     return [_asked(vlm, number, question)[0].model_dump(mode="json") for number, question in enumerate(QUESTIONS)]
 
 
-def selfcheck(folder: Path, *, threads: int | None = None) -> Outcome:
-    """Check the digests of a bundle's files, then replay its samples. `BundleError` when it has none, or is damaged."""
+def selfcheck(folder: Path, *, device: str = "auto", threads: int | None = None) -> Outcome:
+    """Check the digests of a bundle's files, then replay its samples on a device (see `load`). `BundleError` when it has
+    none, or is damaged."""
     from mpa_edge.runtime import open_bundle
 
     bundle = read_bundle(folder, check_digests=True)
     recorded = _recorded(folder, bundle)
-    with open_bundle(folder, bundle, threads=threads, cache_mb=0) as vlm:
+    with open_bundle(folder, bundle, device=device, threads=threads, cache_mb=0) as vlm:
         return Outcome(tuple(_replay(vlm, sample) for sample in recorded), _made_with(bundle))
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mpa_edge.bundle import Bundle, describe_file, read_bundle, write_bundle
 from mpa_edge.cli import app
-from mpa_edge.errors import BundleError
+from mpa_edge.errors import BundleError, InputError
 from mpa_edge.runtime import doctor, inspect, selfcheck
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.idefics3 import Idefics3
@@ -40,6 +40,13 @@ def test_a_bundle_answers_as_it_did(folder: Path) -> None:
     assert outcome.passed
     assert outcome.lines() == ["4 of 4 samples are as they were where the bundle was made; log-probabilities within 0"]
     assert CliRunner().invoke(app, ["selfcheck", str(folder), "--threads", "1"]).exit_code == 0
+
+
+def test_another_device_is_checked_where_it_is_asked_for(folder: Path) -> None:
+    with pytest.raises(InputError, match="--device cuda: this llama[.]cpp was built for the CPU only"):
+        selfcheck.selfcheck(folder, device="cuda")
+    result = CliRunner().invoke(app, ["selfcheck", str(folder), "--device", "cpu", "--threads", "1"])
+    assert result.exit_code == 0
 
 
 @pytest.mark.parametrize(
