@@ -186,4 +186,4 @@ def ask(**options: Any) -> None:
 
 
 if __name__ == "__main__":
-    edge.run(app)
+    edge.run_and_leave(app)

@@ -382,7 +382,7 @@ def demo(
 def main() -> None:
     """Entry point: library errors become one clean line and exit code 1; a bug keeps its traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    edge.run(app)
+    edge.run_and_leave(app)
 
 
 if __name__ == "__main__":

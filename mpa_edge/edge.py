@@ -51,6 +51,15 @@ def run(app: Callable[[], object]) -> None:
         _end(f"error: {trouble}. What is finished is kept: see to it, and {AGAIN} to go on.", 1)
 
 
+def run_and_leave(app: Callable[[], object]) -> None:
+    """As `run`, for a process that ends then: what it still does by itself, Ctrl-C ends without a traceback."""
+    try:
+        run(app)
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
     """Turn Ctrl-C, and the signals that ask for the end, into one line that says how to go on."""

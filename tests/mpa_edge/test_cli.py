@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,10 @@ def test_what_was_typed_with_fresh_is_not_to_be_typed_again_with_it(
 
     monkeypatch.setattr(sys, "argv", ["mpa-edge", "align", *(["--fresh"] if fresh else [])])
     monkeypatch.setattr(cli, "app", spend)
+    heard = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         cli.main()
+    signal.signal(signal.SIGINT, heard)
     with pytest.raises(SystemExit), resumable():
         raise KeyboardInterrupt
     told = capsys.readouterr().err

@@ -80,6 +80,33 @@ def test_a_signal_that_python_drops_ends_all_the_same(name: str, code: int, rest
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "lost\n", told)
 
 
+# All is done; Python ends, which takes some time where torch is loaded.
+LEAVING = """
+import atexit, signal, sys, time
+from mpa_edge import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(time.sleep, 600)
+atexit.register(print, "leaving", flush=True)
+sys.argv[1:] = ["--version"]
+cli.main()
+"""
+
+
+def test_ctrl_c_when_all_is_done_shows_no_traceback() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("mpa-edge ")
+            assert process.stdout.readline() == "leaving\n"
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, told) == (-signal.SIGINT, "")
+
+
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
