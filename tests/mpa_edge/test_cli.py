@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
