@@ -43,7 +43,7 @@ def test_a_bundle_answers_as_it_did(folder: Path) -> None:
 
 
 def test_another_device_is_checked_where_it_is_asked_for(folder: Path) -> None:
-    with pytest.raises(InputError, match="--device cuda: this llama[.]cpp was built for the CPU only"):
+    with pytest.raises(InputError, match=r"--device cuda: this llama[.]cpp was built for the CPU only"):
         selfcheck.selfcheck(folder, device="cuda")
     result = CliRunner().invoke(app, ["selfcheck", str(folder), "--device", "cpu", "--threads", "1"])
     assert result.exit_code == 0
