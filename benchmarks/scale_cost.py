@@ -10,13 +10,13 @@ GPUS = (1, 8, 64)
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds are of one GPU, for one answer, while it is kept busy with batches. The defaults were measured on one H100
-    with 16 CPU cores (`benchmarks.gpu_cost`): random weights of Qwen2-VL-7B's dimensions write 60 tokens of question and
-    answer, or 8 of a short answer, and SmolVLM-500M's answer in 8, about photos of 1,000 image tokens and 13 tiles, by
-    transformers in batches of 32. A server such as vLLM is faster; `mpa-edge align --plan` measures yours. `us_per_row`
-    and `bytes_per_row` are measured too: what this tool takes itself, on one CPU core, and what it writes, for one
-    question. How many questions are usable is assumed. GPUs share the asking evenly (`--engine ray`, or servers behind
-    one address); training is left out: `--plan` tells it.
+    """Seconds are of one GPU, for one answer, while it is kept busy with batches. The defaults were measured on an H100
+    with 16 CPU cores (`benchmarks.gpu_cost`): random weights of Qwen2-VL-7B's dimensions write 60 tokens of question
+    and answer, or 8 of a short answer, and SmolVLM-500M's answer in 8, about photos of 1,000 image tokens and 13 tiles,
+    by transformers in batches of 32. A server such as vLLM is faster; `mpa-edge align --plan` measures yours.
+    `us_per_row` and `bytes_per_row` are measured too: what this tool takes itself, on one CPU core, and what it writes,
+    for one question. How many questions are usable is assumed. GPUs share the asking evenly (`--engine ray`, or servers
+    behind one address); training is left out: `--plan` tells it.
     """
 
     us_per_row: float
@@ -55,7 +55,7 @@ class CostModel:
             *(self._line(images) for images in IMAGES),
             f"Assumed: {self.questions} questions per picture, {self.usable:.0%} of them usable, {self.votes} vote; GPU"
             f" seconds per answer: {self.write_s} to write, {self.check_s} to check, {self.student_s} of the student "
-            "(7B and 0.5B dimensions in transformers on an H100: `benchmarks.gpu_cost`; `mpa-edge align --plan` measures yours).",
+            "(7B and 0.5B by transformers on an H100: `benchmarks.gpu_cost`; `mpa-edge align --plan` measures yours).",
             f"Measured: {self.us_per_row} us of one CPU core and {self.bytes_per_row} bytes per question.",
         ]
 
