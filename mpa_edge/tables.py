@@ -55,11 +55,12 @@ class Table:
         return list(self.schema.names)
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-        """Yield (what to call the row, the root for paths in it, its values) in order."""
+        """Yield (what to call the row, the root for paths in it, its values) in order; `InputError` where the table is
+        damaged further on."""
         for name, root, batches in self.parts:
             number = 0
-            for batch in batches(columns):
-                for row in batch.to_pylist():
+            for batch in _lists(self.source, batches, columns):
+                for row in batch:
                     number += 1
                     yield f"{name}:{number}", root, row
 
@@ -147,8 +148,23 @@ def open_table(source: str | Path, *, flag: str = "", extra: str, split: str | N
     except InputError:
         raise
     except Exception as error:  # datasets and pyarrow raise whatever they trip over
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(f"{flag} {spec}: cannot be read ({reason})".lstrip()) from error
+        raise _unreadable(f"{flag} {spec}".lstrip(), error) from error
+
+
+def _lists(source: str, batches: Batches, columns: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each batch."""
+    try:
+        found = batches(columns)
+        while (batch := next(found, None)) is not None:
+            rows: list[dict[str, Any]] = batch.to_pylist()
+            yield rows
+    except Exception as error:  # as above
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(what: str, error: Exception) -> InputError:
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return InputError(f"{what}: cannot be read ({reason})")
 
 
 def _parquet_files(spec: str, folder: Path) -> list[Path]:

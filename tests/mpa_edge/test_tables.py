@@ -119,6 +119,16 @@ def test_a_path_that_no_file_can_have_costs_its_row_only(tmp_path: Path) -> None
     assert {reason for _, reason in rows} <= {"unreadable", "missing"}
 
 
+def test_a_table_that_is_damaged_inside_is_one_line(tmp_path: Path) -> None:
+    """Its end tells the columns; what comes before is read later, and pyarrow's own error was a traceback."""
+    source = write_parquet(tmp_path / "photos.parquet", [encoded(1)])
+    data = source.read_bytes()
+    source.write_bytes(data[:4] + b"\0" * 40 + data[44:])
+    with pytest.raises(InputError, match=r"photos\.parquet: cannot be read \(") as caught:
+        scan_images(source, store=tmp_path / "store")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A dataset on disk whose Image feature holds the files' bytes."""
