@@ -190,7 +190,10 @@ def _timed(vlm: TransformersVlm, work: Callable[[], Any]) -> float:
 def _seconds(device: Any, work: Callable[[], Any]) -> float:
     import torch
 
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     wait()
     start = time.perf_counter()
     work()

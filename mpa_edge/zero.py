@@ -73,7 +73,7 @@ class Zero:
     def backward(self, *inputs: Any, scale: float, last: bool) -> torch.Tensor:
         """Make a pass and add the gradient of its loss times `scale`; returns the loss. `step` comes after the last."""
         self._engine.set_gradient_accumulation_boundary(last)
-        loss, *_ = self._engine(*inputs)
+        loss: torch.Tensor = self._engine(*inputs)[0]
         self._engine.backward(loss * scale)
         return loss.detach()
 

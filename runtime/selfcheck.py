@@ -91,8 +91,10 @@ def record(vlm: BundleVlm) -> list[dict[str, Any]]:
 
 
 def selfcheck(folder: Path, *, device: str = "auto", threads: int | None = None) -> Outcome:
-    """Check the digests of a bundle's files, then replay its samples on a device (see `load`). `BundleError` when it has
-    none, or is damaged."""
+    """Check the digests of a bundle's files, then replay its samples on a device (see `load`).
+
+    `BundleError` when it has none, or is damaged.
+    """
     from mpa_edge.runtime import open_bundle
 
     bundle = read_bundle(folder, check_digests=True)
