@@ -109,11 +109,10 @@ def drawn(rounds: int, seed: int) -> list[tuple[str, str]]:
 
 
 def hear_signals() -> None:
-    """In the background of a shell Ctrl-C is ignored, under nohup the end of a terminal; programs that are started
-    there inherit that, and nothing would be tried."""
+    """In the background of a shell Ctrl-C is ignored; programs that are started there inherit that, and nothing of it
+    would be tried."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Stage:

@@ -65,6 +65,7 @@ def folder_name(variant: Variant, job: Job, digest: str | None) -> str:
     machine = (cpu_name(), available_cores(), sorted(versions().items()))
     settings: tuple[object, ...] = (job.max_new_tokens, job.threads, *machine)
     settings += (job.device,) if job.device != "auto" else ()
+    settings += ("trust_remote_code",) if job.trust_remote_code else ()
     settings += (mode,) if (mode := power_mode()) else ()  # times of a Jetson's other mode are no times of this one
     content = hashlib.sha256(repr((digest or variant.spec, settings)).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', variant.name)[:60]}-{content[:10]}"

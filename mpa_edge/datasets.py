@@ -9,11 +9,13 @@ import glob
 import hashlib
 import os
 import re
+import sqlite3
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -233,20 +235,19 @@ def _scan_rows(
         return
     index.clear()
     checks = _checked_rows(table, store, min_edge, pool, progress)
-    if limit is None:
-        index.put(checks)
-        return
-    while (missing := limit - index.usable) and (check := next(checks, None)):
-        index.put(_up_to(missing, chain([check], checks)))
+    index.put(checks if limit is None else _up_to(limit, checks))
 
 
 def _up_to(usable: int, checks: Iterable[Check]) -> Iterator[Check]:
-    """Checks up to so many of usable pictures, some of which may be the same."""
-    for check in checks:
-        yield check
-        usable -= bool(check.stored)
-        if not usable:
-            return
+    """Checks up to so many of usable pictures that differ. Which were there is kept in a temporary file."""
+    with closing(sqlite3.connect("")) as seen:
+        seen.execute("CREATE TABLE contents (sha256 PRIMARY KEY) WITHOUT ROWID")
+        for check in checks:
+            yield check
+            if check.stored:
+                usable -= seen.execute("INSERT OR IGNORE INTO contents VALUES (?)", (check.sha256,)).rowcount
+                if not usable:
+                    return
 
 
 def _checked_rows(

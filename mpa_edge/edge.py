@@ -85,6 +85,8 @@ def _signals() -> Iterator[None]:
     def answer(number: int, frame: FrameType | None) -> NoReturn:
         if not asked or number != numbers.get(REMINDER):
             asked.append(number)
+            if numbers.get(REMINDER) in before:
+                signal.setitimer(signal.ITIMER_REAL, 0)  # whoever tidies up after this one is left in peace
         raise Ended(asked[-1])
 
     def dropped(what: sys.UnraisableHookArgs) -> None:

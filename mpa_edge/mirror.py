@@ -28,6 +28,7 @@ from mpa_edge.records import write_atomic
 # The digest goes before its part, and the note of failed rows before both: see `mpa_edge.parts`.
 OURS = re.compile(r"stage\.json|part-\d{5,}\.(failed|sha256|jsonl)")
 ORDER = (".failed", ".sha256", ".jsonl")
+OTHER = "is of other settings"
 # A file that is put there appears in one step.
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
 
@@ -56,11 +57,12 @@ class Mirror:
 
     def check(self, fingerprints: Mapping[str, Mapping[str, Any]], *, drop: bool = False) -> None:
         """See what lies there: `RunError` when that is of other settings than these, by stage. Nothing is written; with
-        `drop` it is deleted there instead."""
+        `drop` what is of other settings is deleted there instead."""
         for stage, fingerprint in fingerprints.items():
             self._there[stage] = self._list(stage)
             why = self._unfit(stage, json.loads(json.dumps(fingerprint)))  # as it will read back
-            if why and drop:
+            if why and drop and why.startswith(OTHER):
+                say(f"--mirror {self._url}: what lies in {stage} {why}; it is deleted there, and asked again")
                 self._delete(stage, self._there[stage])
             elif why:
                 # No word of --fresh: that would delete there what may be another run's.
@@ -128,7 +130,7 @@ class Mirror:
             return f"cannot be used: {STAGE} is damaged ({error})"
         except FingerprintMismatch as error:
             pairs = sorted(error.differences.items())
-            return "is of other settings ({})".format("; ".join(f"{k}: there {t!r}, here {h!r}" for k, (t, h) in pairs))
+            return OTHER + " ({})".format("; ".join(f"{k}: there {t!r}, here {h!r}" for k, (t, h) in pairs))
         return None
 
     def _fetch_group(self, stage: str, folder: Path, group: str) -> int:

@@ -145,7 +145,7 @@ def _look(config: AlignConfig, folder: Path) -> _Found:
 
 def _look_at_table(config: AlignConfig, table: Table, folder: Path) -> _Found:
     """A table is read no further than the sample takes."""
-    part = config.model_copy(update={"limit": min(_wanted(config), config.limit or table.count), "test": None})
+    part = config.model_copy(update={"limit": min(_wanted(config), config.limit or max(table.count, 1)), "test": None})
     with find_pictures(part, RunFolder(folder)) as pictures:
         samples, skipped = list(pictures.samples()), count_by(item.reason for item in pictures.skipped())
     count = min(table.count, config.limit or table.count)

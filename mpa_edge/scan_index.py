@@ -199,11 +199,6 @@ class ScanIndex:
         )
         return (Skipped(*row) for row in rows)
 
-    @property
-    def usable(self) -> int:
-        """How many different pictures of a table there are so far."""
-        return self._one("SELECT count(DISTINCT sha256) FROM checks WHERE stored <> ''")
-
     def stored(self) -> Iterator[tuple[str, int]]:
         """The files in a table's store, with their sizes."""
         yield from self._database.execute("SELECT stored, bytes FROM checks WHERE stored <> ''")

@@ -24,7 +24,7 @@ import torch
 from PIL.Image import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mpa_edge.errors import ImageError, RunError
+from mpa_edge.errors import AGAIN, ImageError, RunError
 from mpa_edge.features import CACHE_BYTES
 from mpa_edge.runtime.images import open_image
 from mpa_edge.transformers_vlm import TransformersVlm
@@ -74,10 +74,13 @@ class Examples(Sequence[Example]):
         return Examples(self._path, array("Q", (self._starts[place] for place in places)))
 
     def _read(self, starts: Sequence[int]) -> Iterator[Example]:
-        with self._path.open("rb") as file:
-            for start in starts:
-                file.seek(start)
-                yield _example(self._path, file.readline())
+        try:
+            with self._path.open("rb") as file:
+                for start in starts:
+                    file.seek(start)
+                    yield _example(self._path, file.readline())
+        except (FileNotFoundError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise RunError(f"{self._path} was changed while it was trained on; {AGAIN} ({error})") from error
 
 
 def read_examples(path: Path) -> Examples:

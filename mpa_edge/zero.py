@@ -34,9 +34,10 @@ def zero_settings() -> dict[str, Any]:
         found: dict[str, Any] = DeepSpeedPlugin().deepspeed_config["zero_optimization"]
     except ValueError as error:
         raise InputError(f"the DeepSpeed configuration cannot be used: {error}") from error
-    if found["stage"] not in (1, 2):
-        instead = "fsdp, which spreads the weights too" if found["stage"] == 3 else "ddp, which spreads nothing"
-        raise InputError(f"DeepSpeed's ZeRO stage must be 1 or 2, not {found['stage']}; or use --accelerate {instead}")
+    stage = found.get("stage", 0)
+    if stage not in (1, 2):
+        instead = "fsdp, which spreads the weights too" if stage == 3 else "ddp, which spreads nothing"
+        raise InputError(f"DeepSpeed's ZeRO stage must be 1 or 2, not {stage}; or use --accelerate {instead}")
     require("deepspeed", ["deepspeed"])
     return found
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -51,8 +51,10 @@ def open_engine(
     """
     if device == "auto":
         if bundle.quantization in HALF and CUDA in ort.get_available_providers():
-            with suppress(InputError):
+            try:
                 return OnnxEngine(folder, bundle, image_token, threads, providers=PROVIDERS["cuda"])
+            except InputError as error:
+                warnings.warn(f"{error}; going on with the CPU", stacklevel=2)
         device = "cpu"
     if device not in PROVIDERS:
         raise InputError(f"--device {device}: ONNX Runtime knows auto, {', '.join(PROVIDERS)}")

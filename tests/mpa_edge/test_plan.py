@@ -255,3 +255,10 @@ def test_durations_as_people_say_them(seconds: tuple[float, float], text: str) -
 
 def test_the_fake_of_these_tests_is_a_model() -> None:
     assert isinstance(Teller(), Vlm)
+
+
+def test_an_empty_table_is_one_line(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
+    command = ["align", "--images", str(tmp_path / "none.parquet"), "--teacher", "fake:", "--student", "fake:"]
+    result = CliRunner().invoke(app, [*command, "--task", "reference", "--out", str(tmp_path / "run"), "--plan"])
+    assert isinstance(result.exception, InputError)

@@ -18,6 +18,7 @@ import mpa_edge.datasets
 from mpa_edge.datasets import scan_images, table_named
 from mpa_edge.errors import InputError, MissingExtra
 from mpa_edge.records import Sample
+from mpa_edge.scan_index import ScanIndex
 from mpa_edge.tables import ROWS
 
 
@@ -238,6 +239,18 @@ def test_a_limit_leaves_the_rest_alone(tmp_path: Path) -> None:
     assert [item.reason for item in skipped] == ["unreadable", "duplicate"]
     assert len(list((tmp_path / "store").iterdir())) == 3
     assert len(scan_images(source, store=tmp_path / "store", limit=4, cache=tmp_path / "scan.sqlite")[0]) == 4
+
+
+def test_a_limit_that_is_never_reached_is_not_counted_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row was a transaction, and a count over all of them: hours, where few pictures have many questions each."""
+    source = write_parquet(tmp_path / "p.parquet", [encoded(n % 2) for n in range(40)])
+    puts: list[int] = []
+    real = ScanIndex.put
+    monkeypatch.setattr(ScanIndex, "put", lambda self, checks: puts.append(1) or real(self, checks))
+    samples, skipped = scan_images(source, store=tmp_path / "store", limit=3, cache=tmp_path / "scan.sqlite")
+    assert (len(samples), len(skipped), puts) == (2, 38, [1])
 
 
 def test_a_large_table_is_not_held_in_memory(tmp_path: Path) -> None:
