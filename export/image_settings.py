@@ -83,7 +83,9 @@ def internvl_images(config: Mapping[str, Any], processor: Any) -> InternVlImages
         },
     )
     # What the processor class passes to the image processor wins over the latter's own file, where it is off.
-    crops = getattr(processor, "images_kwargs", {}).get("crop_to_patches", images.crop_to_patches)
+    # Before transformers 5.23 it stands in another class.
+    older = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {}).get("images_kwargs", {})
+    crops = getattr(processor, "images_kwargs", older).get("crop_to_patches", images.crop_to_patches)
     least, most = (images.min_patches, images.max_patches) if crops else (1, 1)
     return _settings(
         InternVlImages, images, tile_size=tile, min_patches=least, max_patches=most, tokens_per_tile=tokens
