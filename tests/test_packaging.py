@@ -116,6 +116,7 @@ def test_one_extra_alone_is_enough_to_run_a_bundle(
 
     from mpa_edge.export.build import export
     from mpa_edge.runtime import load
+    from mpa_edge.terminal import shown
 
     (bundle,) = export(tiny_one_tile, extra, [quant], tmp_path / "bundles", samples=4)  # type: ignore[arg-type]
     picture = tmp_path / "picture.png"
@@ -130,7 +131,7 @@ def test_one_extra_alone_is_enough_to_run_a_bundle(
     result = run_bare(site, ask, "ask", str(bundle), str(picture), "What is this?", "--max-new-tokens", "6")
     assert result.returncode == 0, result.stderr
     with load(bundle, threads=1) as vlm:
-        assert result.stdout == vlm.ask(picture, "What is this?", max_new_tokens=6).text + "\n"
+        assert result.stdout == shown(vlm.ask(picture, "What is this?", max_new_tokens=6).text) + "\n"
 
 
 def test_a_missing_engine_ends_in_the_pip_line(tiny_one_tile: Path, installed: Path, tmp_path: Path) -> None:

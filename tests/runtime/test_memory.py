@@ -13,9 +13,10 @@ from mpa_edge.bundle import Bundle, write_bundle
 from mpa_edge.export.to_onnx import to_onnx
 from tiny_bundles import manifest_of
 
-# Allocators keep up to 12 MB for later; twelve leaked openings of the reference student take 140. What is resident goes
-# up and down by half a megabyte with the questions; 400 leaked ones take 1.6 MB at the least: features are 4 kB a tile.
+# Allocators keep up to 12 MB for later; twelve leaked openings of the reference student take 140. 400 leaked questions
+# take 1.6 MB at the least: features are 4 kB a tile.
 OPENING_BYTES, QUESTION_BYTES = 30_000_000, 1_000_000
+STEP_BYTES = 2_300_000
 PROGRAM = Path(memory_program.__file__)
 
 
@@ -37,9 +38,11 @@ def test_onnx_runtimes_memory(tiny_idefics3: Path, onnx_graphs: Callable[[Path],
 
 
 def test_openvinos_memory(tiny_idefics3: Path, openvino_bundle: Callable[[Path, str], Path]) -> None:
-    """Of openings OpenVINO itself keeps something: half a megabyte of each `compile_model`, whatever is freed."""
+    """Of openings OpenVINO itself keeps something: half a megabyte of each `compile_model`, whatever is freed. Of
+    questions it holds more and less in steps of 2.3 MB (over 2,000, one step in the end); 400 leaked ones of at least
+    four tiles would take 6 MB."""
     found = growth(openvino_bundle(tiny_idefics3, "fp32"))
-    assert found["questions"] < QUESTION_BYTES
+    assert found["questions"] < 2 * STEP_BYTES
 
 
 def check(found: dict[str, int]) -> None:
