@@ -1,6 +1,6 @@
 """What a GPU takes for one answer and one training row of a large pair, beside what its arithmetic and memory allow.
 
-    python -m mpa_edge.benchmarks.gpu_cost      Qwen2-VL-7B teaches SmolVLM-500M: 40 GB of GPU memory, some minutes
+    python -m mpa_edge.benchmarks.gpu_cost      Qwen2-VL-7B teaches SmolVLM-500M; an H100 takes some minutes
 
 Random bfloat16 weights in the true dimensions, photos of 1024 x 768 pixels (999 image tokens for the teacher, 13 tiles
 for the student), through the same code as `mpa-edge align`. As in a run, each stage puts several questions about every
