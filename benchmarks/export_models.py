@@ -9,14 +9,18 @@ same at every precision, as a trained model's nearly are. Vocabularies have thei
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpa_edge.benchmarks.reference_models import CHAT_TEMPLATE
 from mpa_edge.benchmarks.smolvlm import IMAGE_TOKENS, TILE, full_tokenizer, smolvlm_config
 from mpa_edge.processors import without_videos
 from mpa_edge.records import write_atomic
+
+if TYPE_CHECKING:
+    import torch
 
 QWEN_TEXT: dict[str, Any] = {
     "hidden_size": 1536,
@@ -49,15 +53,11 @@ def write_run(name: str, run: Path) -> Path:
     import torch
 
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with made_in(torch.bfloat16):
         model, processor = MODELS[name]()
         with torch.no_grad():
             embedding = model.get_input_embeddings().weight.normal_()
             model.get_output_embeddings().weight.copy_(embedding)
-    finally:
-        torch.set_default_dtype(before)
     base = run.with_name(f"{run.name}-base")
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(base)
@@ -65,6 +65,19 @@ def write_run(name: str, run: Path) -> Path:
     _write_adapter(model, base, run / "student")
     write_atomic(run / "run.json", json.dumps({"config": {"task": "reference"}}) + "\n")
     return base
+
+
+@contextmanager
+def made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Weights that are made in the body have this type."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def random_smolvlm(longest_edge: int = TILE) -> tuple[Any, Any]:

@@ -85,7 +85,9 @@ def measure(teacher: TransformersVlm, student: TransformersVlm, work: Work, fold
     ):
         taken = [_timed(vlm, partial(_ask, vlm, photos, decodings)) for photos in series][1:]
         _say(f"{name}: {[_short(second) for second in taken]} s")
-        stages[name] = _told(taken, work.pictures * work.questions) | _floor(vlm, decodings[0], work, rates, seen=seen)
+        stages[name] = _told(taken, work.pictures * work.questions) | _floor(
+            vlm, series[1][0], decodings[0], work, rates, seen=seen
+        )
     stages["train"] = _train(student, series[1], work, rates)
     return {"stages": stages, "flops_per_s": rates.flops, "copied_bytes_per_s": rates.copied}
 
@@ -131,11 +133,12 @@ def _train(student: TransformersVlm, photos: list[Path], work: Work, rates: Rate
     return _told(taken, len(examples)) | {"prompt_tokens": prompt, "floor_s": _short(floor)}
 
 
-def _floor(vlm: TransformersVlm, decoding: Decoding, work: Work, rates: Rates, *, seen: bool) -> dict[str, Any]:
+def _floor(
+    vlm: TransformersVlm, photo: Path, decoding: Decoding, work: Work, rates: Rates, *, seen: bool
+) -> dict[str, Any]:
     """See the module; `seen` pictures cost the encoder nothing."""
     language, vision = _weights(vlm)
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = vlm.encode([open_image(write_photos(Path(folder), 1)[0])], [QUESTION])
+    inputs = vlm.encode([open_image(photo)], [QUESTION])
     prompt = inputs["input_ids"].shape[1]
     patches = 0 if seen else _patches(vlm, inputs) / work.questions
     prefill = 2 * (language * prompt + vision * patches) / rates.flops
@@ -230,17 +233,14 @@ def open_random(name: str, make: Callable[[], tuple[Any, Any]], device: str, bat
     """A model with random weights, made where it runs, in the type that models have there."""
     import torch
 
+    from mpa_edge.benchmarks.export_models import made_in
     from mpa_edge.devices import device_named, dtype_named
     from mpa_edge.transformers_vlm import TransformersVlm
 
-    place, before = device_named(device), torch.get_default_dtype()
+    place = device_named(device)
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype_named("auto", place))
-    try:
-        with place:
-            model, processor = make()
-    finally:
-        torch.set_default_dtype(before)
+    with place, made_in(dtype_named("auto", place)):
+        model, processor = make()
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     return TransformersVlm(model.to(place), processor, name=name, batch_size=batch_size)
 

@@ -12,7 +12,8 @@ CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno
 SAID = re.compile(rf"{re.escape(os.strerror(errno.ENOSPC))}|\d+ requested and \d+ written|^database or disk is full$")
 SAID_CLOSED = re.compile(
     "|".join(rf"{re.escape(os.strerror(number))} \(os error {number}\)" for number in CLOSED)
-    + "|^attempt to write a readonly database$|^unable to open (a temporary )?database file|^disk I/O error$"
+    + "|^attempt to write a readonly database$|^disk I/O error$"
+    + "|^unable to open (database file$|a temporary database file)"
 )
 # Somebody copies the folder for longer than we wait, or a network disk without locks.
 SAID_LOCKED = re.compile(r"^database (table )?is locked|^locking protocol$")

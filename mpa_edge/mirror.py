@@ -28,7 +28,6 @@ from mpa_edge.records import write_atomic
 # The digest goes before its part, and the note of failed rows before both: see `mpa_edge.parts`.
 OURS = re.compile(r"stage\.json|part-\d{5,}\.(failed|sha256|jsonl)")
 ORDER = (".failed", ".sha256", ".jsonl")
-OTHER = "is of other settings"
 # A file that is put there appears in one step.
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
 
@@ -60,13 +59,12 @@ class Mirror:
         `drop` what is of other settings is deleted there instead."""
         for stage, fingerprint in fingerprints.items():
             self._there[stage] = self._list(stage)
-            why = self._unfit(stage, json.loads(json.dumps(fingerprint)))  # as it will read back
-            if why and drop and why.startswith(OTHER):
-                say(f"--mirror {self._url}: what lies in {stage} {why}; it is deleted there, and asked again")
+            other = self._other_settings(stage, json.loads(json.dumps(fingerprint)))  # as it will read back
+            if other and drop:
+                say(f"--mirror {self._url}: what lies in {stage} {other}; it is deleted there, and asked again")
                 self._delete(stage, self._there[stage])
-            elif why:
-                # No word of --fresh: that would delete there what may be another run's.
-                raise RunError(f"--mirror {self._url}: what lies in {stage} {why}. Use another --mirror.")
+            elif other:
+                raise self._refusal(stage, other)
 
     def fetch(self) -> int:
         """After `check`: copy to here what is there and not the same; returns the number of files."""
@@ -118,20 +116,25 @@ class Mirror:
             self._do(self._fs.rm_file, f"{self._roots[stage]}/{name}")
         self._there[stage] = {}
 
-    def _unfit(self, stage: str, now: Mapping[str, Any]) -> str | None:
-        """Why what lies there cannot be gone on with; None where it can, or there is nothing."""
+    def _other_settings(self, stage: str, now: Mapping[str, Any]) -> str | None:
+        """In which settings what lies there differs; None where it is of these, or there is nothing. `RunError` where
+        nobody can tell."""
         if not self._there[stage]:
             return None
         if STAGE not in self._there[stage]:
-            return f"lacks its {STAGE}: nobody knows how it was made"
+            raise self._refusal(stage, f"lacks its {STAGE}: nobody knows how it was made")
         try:
             compare_fingerprints(Path(stage), json.loads(self._read(stage, STAGE))["fingerprint"], now)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"cannot be used: {STAGE} is damaged ({error})"
+            raise self._refusal(stage, f"cannot be used: {STAGE} is damaged ({error})") from error
         except FingerprintMismatch as error:
             pairs = sorted(error.differences.items())
-            return OTHER + " ({})".format("; ".join(f"{k}: there {t!r}, here {h!r}" for k, (t, h) in pairs))
+            return "is of other settings ({})".format("; ".join(f"{k}: there {t!r}, here {h!r}" for k, (t, h) in pairs))
         return None
+
+    def _refusal(self, stage: str, why: str) -> RunError:
+        # No word of --fresh: that would delete there what may be another run's.
+        return RunError(f"--mirror {self._url}: what lies in {stage} {why}. Use another --mirror.")
 
     def _fetch_group(self, stage: str, folder: Path, group: str) -> int:
         """One part with its digest and its note, or the stage's settings; a part only if its digest is not the same."""
