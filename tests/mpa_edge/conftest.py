@@ -13,6 +13,13 @@ COLOURS = ("red", "green", "blue", "yellow")
 QUESTIONS = ("What colour?", "Which colour is the disc?")
 
 
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' machine may have a key; no test may send it anywhere."""
+    for name in ("OPENAI_API_KEY", "MPA_EDGE_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @dataclass(frozen=True)
 class Pair:
     """Folders: 24 unlabeled pictures, a teacher that writes about them, a student that never saw any."""
