@@ -1,7 +1,8 @@
+"""The audit page: its counts, its cards, its looks."""
+
 from __future__ import annotations
 
 import base64
-import gc
 import io
 import json
 import random
@@ -10,10 +11,8 @@ import shutil
 import subprocess
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,114 +20,14 @@ import pytest
 from PIL import Image
 
 from mpa_edge.audit import audit_run
-from mpa_edge.audit_counts import MOST_ERRORS, Round, histograms
-from mpa_edge.audit_questions import Favourites
-from mpa_edge.audit_sample import MOST_REASONS, Sampler, Shown
-from mpa_edge.config import AlignConfig
 from mpa_edge.errors import RunError
-from mpa_edge.records import Annotation, Case, Record, Sample, write_rows
+from mpa_edge.records import Annotation, Case, Sample, write_rows
 from mpa_edge.scan_index import Skipped
 from mpa_edge.tasks import task_named
+from tiny_runs import Page, annotation, case, put_parts, put_run, rejections, sample, trained
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-VERDICTS = ("parity", "agree", "agree", "unconfirmed", "error")
-CONFIG = AlignConfig(images="photos", teacher="big", student="small", task="textvqa", match="paper", votes=3)
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, the text in and outside of cards."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.cards: list[dict[str, str]] = []
-        self.text = ""
-        self._raw = ""
-        self.feed(path.read_text(encoding="utf-8"))
-        self.words = " ".join(self.text.split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._raw = tag if tag in ("script", "style") else ""
-        if tag == "article":
-            data = {key.removeprefix("data-"): str(value) for key, value in attrs if key.startswith("data-")}
-            self.cards.append({**data, "text": ""})
-
-    def handle_data(self, data: str) -> None:
-        if self._raw:
-            return
-        self.text += f"{data} "
-        if self.cards:
-            self.cards[-1]["text"] += f"{data} "
-
-    def handle_endtag(self, tag: str) -> None:
-        self._raw = ""
-
-    def count(self, **wanted: str) -> int:
-        """The number of cards with these data attributes."""
-        return sum(all(card[key] == value for key, value in wanted.items()) for card in self.cards)
-
-
-def sample(folder: Path, number: int) -> Sample:
-    path = folder / f"{number}.png"
-    Image.new("RGB", (60 + number, 40), (number, 0, 0)).save(path)
-    return Sample(f"s{number}", str(path), f"{number:064x}")
-
-
-def annotation(number: int, reason: str | None = None) -> Annotation:
-    return Annotation(f"s{number}-0", f"s{number}", f"What is {number}?", f"pseudo{number}", f"raw{number}", reason)
-
-
-def rejections(start: int) -> list[Annotation]:
-    return [annotation(n, "no_question" if n % 2 else "answer_too_long") for n in range(start, start + 8)]
-
-
-def case(number: int, verdict: str = "") -> Case:
-    verdict = verdict or VERDICTS[number % len(VERDICTS)]
-    scores = float(verdict in ("parity", "agree", "blind")), float(verdict == "agree")
-    why = "student: out_of_memory" if verdict == "error" else None
-    texts = (f"What is {number}?", f"pseudo{number}", f"teacher{number}", f"student{number}")
-    return Case(f"s{number}-0", f"s{number}", *texts, *scores, verdict, why)
-
-
-def trained(case: Case) -> dict[str, Any]:
-    turn = {"role": "assistant", "content": [{"type": "text", "text": f"target of {case.teacher_answer}"}]}
-    return {"id": case.id, "verdict": case.verdict, "messages": [{"role": "user", "content": []}, turn]}
-
-
-def put_parts(folder: Path, rows: Sequence[Record], size: int = 10) -> None:
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    for number, part in enumerate(parts):
-        write_rows(folder / f"part-{number:05d}.jsonl", part)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stage.json").write_text(json.dumps({"fingerprint": {}, "parts": len(parts)}))
-
-
-def put_run(
-    folder: Path,
-    *,
-    samples: Sequence[Sample] = (),
-    skipped: Sequence[Skipped] = (),
-    annotations: Sequence[Annotation] = (),
-    rounds: Sequence[Sequence[Case]] = (),
-    collapsed: Callable[[Case], bool] = lambda case: False,
-    chosen: Callable[[Case], bool] = lambda case: case.verdict == "parity",
-    **run: Any,
-) -> Path:
-    """Write the files of a run as the pipeline does."""
-    write_rows(folder / "samples.jsonl", samples)
-    write_rows(folder / "skipped.jsonl", skipped)
-    put_parts(folder / "annotations", annotations)
-    for number, cases in enumerate(rounds, 1):
-        suffix = "" if number == len(rounds) else f"-round-{number}"
-        put_parts(folder / f"cases{suffix}", cases)
-        write_rows(folder / f"collapsed{suffix}.jsonl", ({"id": row.id} for row in cases if collapsed(row)))
-        write_rows(folder / f"parity{suffix}.jsonl", (trained(row) for row in cases if chosen(row)))
-    config = {**CONFIG.to_json(), "rounds": max(1, len(rounds))}
-    content = {"tool": "mpa-edge 9.9", "versions": {"torch": "2.0"}, "config": config, "stages": {}, **run}
-    (folder / "run.json").write_text(json.dumps(content))
-    return folder
 
 
 @pytest.fixture
@@ -206,49 +105,6 @@ def test_a_training_set_in_another_order_is_an_error(tmp_path: Path) -> None:
     write_rows(tmp_path / "parity.jsonl", map(trained, reversed(rows)))
     with pytest.raises(RunError, match="s0-0 is none of the cases, or not in their order"):
         audit_run(tmp_path)
-
-
-def test_histograms() -> None:
-    found = Round()
-    for number in range(11):
-        found.add(replace(case(number, "agree"), teacher_score=number / 10), False)
-    teacher, student = histograms(found)
-    assert [bar["count"] for bar in teacher["bars"]] == [1] * 9 + [2]
-    assert [bar["name"] for bar in teacher["bars"] if bar["right"]] == ["0.5", "0.6", "0.7", "0.8", "0.9"]
-    assert [(bar["name"], bar["count"]) for bar in student["bars"]] == [("wrong", 0), ("right", 11)]
-    voted = Round()
-    for number in (0, 1, 2, 3, 3):
-        voted.add(replace(case(1), votes=("a", "b", "c"), teacher_score=number / 3), False)
-    votes, _ = histograms(voted)
-    assert votes["title"].startswith("teacher’s votes")
-    assert [(bar["count"], bar["right"]) for bar in votes["bars"]] == [(1, False), (1, False), (1, True), (2, True)]
-    assert histograms(Round()) == []
-
-
-def test_errors_without_end_are_not_all_counted_apart() -> None:
-    found = Round()
-    for number in range(2 * MOST_ERRORS):
-        found.add(replace(case(number, "error"), reason=f"HTTP 500: request {number} failed"), False)
-    assert (len(found.errors), found.errors["others"]) == (MOST_ERRORS + 1, MOST_ERRORS)
-
-
-# --- the teacher's favourites ----------------------------------------------------------------------------------------
-
-
-def test_favourites() -> None:
-    texts = ["What time is it?"] * 6 + ["what time is it in this picture"] * 3 + ["Who?"]
-    rows = [replace(case(n), question=text, answer="10:10" if n < 5 else f"{n}") for n, text in enumerate(texts)]
-    found = Favourites()
-    for number, row in enumerate(rows):
-        found.add(row, collapsed=number in (3, 4, 6))
-    table = found.table(iter(rows))
-    assert (table["total"], table["different"], table["dropped"]) == (10, 2, 3)
-    (time,) = table["questions"]
-    assert time["answers"][0] == {"answer": "10:10", "count": 5}
-    assert (time["question"], time["count"], time["share"], time["dropped"]) == ("What time is it?", 9, 90, 3)
-    (pair,) = table["pairs"]
-    assert (pair["answer"], pair["count"], pair["share"], pair["dropped"]) == ("10:10", 5, 50, 2)
-    assert Favourites().table(iter(())) == {"total": 0, "different": 0, "dropped": 0, "questions": [], "pairs": []}
 
 
 def test_favourites_on_the_page(tmp_path: Path) -> None:
@@ -392,37 +248,6 @@ def test_the_page_is_the_same_whatever_the_order_of_rows(tmp_path: Path) -> None
         folder = put_run(tmp_path / f"{number}" / "run", annotations=annotations, rounds=[cases])
         pages.append(audit_run(folder, limit=50).read_bytes())
     assert pages[0] == pages[1]
-
-
-def sampled(rows: Iterable[Shown]) -> tuple[list[Shown], int]:
-    """The rows that get a card of 100, and how many rows were held to find them."""
-    sampler = Sampler(100)
-    for row in rows:
-        sampler.add(row)
-    return sampler.picked(), sum(isinstance(thing, Shown) for thing in gc.get_objects())
-
-
-def test_cards_are_spread_over_verdicts_and_reasons() -> None:
-    def rows(numbers: Iterable[int]) -> Iterator[Shown]:
-        for n in numbers:
-            yield Shown(case(n)) if n < 3000 else Shown(annotation(n, "rare" if n < 3003 else "common"))
-
-    shown, held = sampled(rows(range(4000)))
-    verdicts = ("parity", "agree", "unconfirmed", "error", "rejected")
-    assert Counter(row.verdict for row in shown) == dict.fromkeys(verdicts, 20)
-    assert Counter(row.reason for row in shown if row.verdict == "rejected") == {"rare": 3, "common": 17}
-    assert sampled(rows(reversed(range(4000))))[0] == shown
-    assert held < 6 * 100
-    assert sampled([])[0] == []
-
-
-def test_reasons_without_end_are_not_all_held() -> None:
-    def rows(numbers: Iterable[int]) -> Iterator[Shown]:
-        return (Shown(replace(case(4), id=f"{n}", reason=f"HTTP 500: request {n} failed")) for n in numbers)
-
-    shown, held = sampled(rows(range(2000)))
-    assert len(shown) == MOST_REASONS <= held < 100
-    assert sampled(rows(reversed(range(2000))))[0] == shown
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
