@@ -15,7 +15,7 @@ from typing import IO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mpa_edge.bundle import ImageSettings
 from mpa_edge.errors import ImageError
@@ -110,9 +110,14 @@ def _data_of(url: str) -> bytes:
 def _decoded(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(_upright(image))
     except Exception as error:
         raise _image_error(name, error) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture itself where nothing is to be done: Pillow's function would copy it, 36 MB of a photo."""
+    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -125,8 +130,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     # A fresh image: no file handle, no metadata that a later step could act on again.
-    rgb = Image.new("RGB", image.size)
-    rgb.paste(image.convert("RGB"))
+    rgb = image.copy() if image.mode == "RGB" else image.convert("RGB")
+    rgb.info = {}
     return rgb
 
 
