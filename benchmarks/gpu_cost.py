@@ -15,7 +15,10 @@ picture, and answers are of the length given: random weights never end one.
 
 `floor_s` is the least that the device could take: two operations for each weight and token of the prompt (and each
 patch, where the picture is new) at the measured rate of a large matrix product, and the weights read once for each
-token of a batch at the measured rate of a copy. A training row is three such passes over its tokens.
+token of a batch at the measured rate of a copy. Only the last token of a prompt needs the output layer. A training row
+is two such passes over its tokens, there and back: the weights themselves stay.
+
+The result is written after each part, so that a machine that is taken away leaves what it measured.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -67,8 +70,17 @@ class Rates:
     copied: float
 
 
-def measure(teacher: TransformersVlm, student: TransformersVlm, work: Work, folder: Path) -> dict[str, Any]:
-    """All stages by name; the student is trained in place. Pictures are written to `folder`."""
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of weights: of the language model's layers, of its output layer, and of the image encoder."""
+
+    layers: int
+    output: int
+    vision: int
+
+
+def measure(teacher: TransformersVlm, student: TransformersVlm, work: Work, folder: Path) -> Iterator[dict[str, Any]]:
+    """All that is known, after each stage; the student is trained in place. Pictures are written to `folder`."""
     short = Decoding(work.short)
     long = [Decoding(work.long, temperature=1.0, seed=number) for number in range(work.questions)]
     series = [
@@ -78,6 +90,7 @@ def measure(teacher: TransformersVlm, student: TransformersVlm, work: Work, fold
     _say("the photos are written")
     rates = rates_of(teacher.model.device)
     stages: dict[str, dict[str, Any]] = {}
+    found = {"work": asdict(work), "flops_per_s": rates.flops, "copied_bytes_per_s": rates.copied, "stages": stages}
     for name, vlm, decodings, seen in (
         ("write", teacher, long, False),
         ("check", teacher, [short] * work.questions, True),
@@ -88,8 +101,9 @@ def measure(teacher: TransformersVlm, student: TransformersVlm, work: Work, fold
         stages[name] = _told(taken, work.pictures * work.questions) | _floor(
             vlm, series[1][0], decodings[0], work, rates, seen=seen
         )
+        yield found
     stages["train"] = _train(student, series[1], work, rates)
-    return {"stages": stages, "flops_per_s": rates.flops, "copied_bytes_per_s": rates.copied}
+    yield found
 
 
 def _ask(vlm: TransformersVlm, photos: list[Path], decodings: list[Decoding]) -> None:
@@ -129,7 +143,7 @@ def _train(student: TransformersVlm, photos: list[Path], work: Work, rates: Rate
     taken = [_timed(student, epoch) for _ in range(work.repeats)]
     _say(f"train: {[_short(second) for second in taken]} s")
     prompt = student.encode([open_image(photos[0])], [QUESTION])["input_ids"].shape[1]
-    floor = 3 * 2 * _weights(student)[0] * prompt / rates.flops
+    floor = 2 * 2 * _weights(student).layers * prompt / rates.flops
     return _told(taken, len(examples)) | {"prompt_tokens": prompt, "floor_s": _short(floor)}
 
 
@@ -137,13 +151,14 @@ def _floor(
     vlm: TransformersVlm, photo: Path, decoding: Decoding, work: Work, rates: Rates, *, seen: bool
 ) -> dict[str, Any]:
     """See the module; `seen` pictures cost the encoder nothing."""
-    language, vision = _weights(vlm)
+    weights = _weights(vlm)
     inputs = vlm.encode([open_image(photo)], [QUESTION])
     prompt = inputs["input_ids"].shape[1]
     patches = 0 if seen else _patches(vlm, inputs) / work.questions
-    prefill = 2 * (language * prompt + vision * patches) / rates.flops
+    prefill = 2 * (weights.layers * prompt + weights.vision * patches) / rates.flops
     batch = min(vlm.batch_size, work.pictures * work.questions)
-    decode = decoding.max_new_tokens * language * vlm.model.dtype.itemsize / rates.copied / batch
+    read = (weights.layers + weights.output) * vlm.model.dtype.itemsize
+    decode = decoding.max_new_tokens * read / rates.copied / batch
     return {
         "prompt_tokens": prompt,
         "answer_tokens": decoding.max_new_tokens,
@@ -161,11 +176,15 @@ def _patches(vlm: TransformersVlm, inputs: Any) -> int:
     return int(tiles * (height // vlm.model.config.vision_config.patch_size) ** 2)
 
 
-def _weights(vlm: TransformersVlm) -> tuple[int, int]:
-    """(weights of the language model, of the image encoder)."""
+def _weights(vlm: TransformersVlm) -> Weights:
     vision = sum(weight.numel() for weight in vlm.model.get_encoder(modality="image").parameters())
-    embedding = vlm.model.get_input_embeddings().weight.numel()
-    return sum(weight.numel() for weight in vlm.model.parameters()) - vision - embedding, vision
+    tables = {id(layer.weight): layer.weight.numel() for layer in (vlm.model.get_input_embeddings(), _output(vlm))}
+    every = sum(weight.numel() for weight in vlm.model.parameters())
+    return Weights(every - vision - sum(tables.values()), _output(vlm).weight.numel(), vision)
+
+
+def _output(vlm: TransformersVlm) -> Any:
+    return vlm.model.get_output_embeddings()
 
 
 def rates_of(device: Any) -> Rates:
@@ -251,9 +270,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Questions that are asked at once.")] = 32,
     pictures: Annotated[int, typer.Option(help="Pictures of each repeat.")] = Work.pictures,
 ) -> None:
-    """Measure and write the result."""
-    import torch
-
+    """Measure, and write the result after each part."""
     from mpa_edge.benchmarks.export_models import QWEN_7B_TEXT, random_qwen2_vl, random_smolvlm
 
     teacher = open_random(
@@ -261,20 +278,26 @@ def main(
     )
     student = open_random("SmolVLM-500M", lambda: random_smolvlm(longest_edge=2048), device, batch_size)
     _say("both models are made")
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(teacher, student, Work(pictures=pictures), Path(folder))
-    where = teacher.model.device
-    result = {
+    about = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m mpa_edge.benchmarks.gpu_cost",
         "host": host(),
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
-        **found,
     }
-    write_atomic(out, json.dumps(result, indent=2) + "\n")
-    for name, stage in found["stages"].items():
+    with tempfile.TemporaryDirectory() as folder:
+        for found in measure(teacher, student, Work(pictures=pictures), Path(folder)):
+            result = about | _device(teacher.model.device) | {"batch_size": batch_size} | found
+            write_atomic(out, json.dumps(result, indent=2) + "\n")
+    for name, stage in result["stages"].items():
         typer.echo(f"{name:<8} {stage['seconds']:.4f} s each, floor {stage['floor_s']:.4f} s")
+
+
+def _device(device: Any) -> dict[str, Any]:
+    """Its name, and the most memory that was ever taken of it."""
+    import torch
+
+    if device.type != "cuda":
+        return {"device": device.type, "peak_gpu_bytes": None}
+    return {"device": torch.cuda.get_device_name(device), "peak_gpu_bytes": torch.cuda.max_memory_allocated(device)}
 
 
 if __name__ == "__main__":

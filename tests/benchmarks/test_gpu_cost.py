@@ -17,7 +17,11 @@ def test_every_stage_is_measured_above_its_floor(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     teacher, student = (TransformersVlm.load(str(model), device="cpu") for model in (TEACHER, STUDENT))
     work = Work(pictures=2, questions=2, long=6, short=2, train_batch=2, repeats=1)
-    found = measure(teacher, student, work, tmp_path)["stages"]
+    known = []
+    for part in measure(teacher, student, work, tmp_path):
+        found = part["stages"]
+        known.append(len(found))  # what an end at this point leaves
+    assert known == [1, 2, 3, 4]
     assert {name: stage["count"] for name, stage in found.items()} == {"write": 4, "check": 4, "student": 4, "train": 4}
     for stage in found.values():
         assert 0 < stage["floor_s"] < stage["seconds"]
