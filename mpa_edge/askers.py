@@ -20,8 +20,8 @@ from mpa_edge.records import Annotation, Case, Sample
 from mpa_edge.runtime.vlm import Answer, Vlm
 from mpa_edge.tasks import task_named
 
-# Number, from 0, and pictures.
-Part = tuple[int, list[Sample]]
+# Number, from 0, and pictures, as lines of `samples.jsonl`: a resume passes over most of them.
+Part = tuple[int, list[bytes]]
 
 
 class Asker(Protocol):

@@ -118,15 +118,19 @@ def _scan_files(
     source: str | Path, index: ScanIndex, min_edge: int, pool: ThreadPoolExecutor, progress: Progress | None
 ) -> None:
     """The checks of the files, some at a time: what waits in a pool takes more memory than what comes out."""
-    done, count = 0, index.want(os.fsencode(name) for name in _find(source))
+    done, count = 0, index.want(os.fsencode(name) for name in find_files(source))
     by_name = _chosen_by_name(source)
     for files in index.wanted():
         slices = [files[start : start + SLICE] for start in range(0, len(files), SLICE)]
-        for checks in pool.map(lambda part: [_check(key, known, min_edge, by_name) for key, known in part], slices):
-            index.put(check for check in checks if check is not None)
-            done += len(checks)
-            if progress:
-                progress(done, count)
+        found: list[Check] = []
+        try:
+            for checks in pool.map(lambda part: [_check(key, known, min_edge, by_name) for key, known in part], slices):
+                found += (check for check in checks if check is not None)
+                done += len(checks)
+                if progress:
+                    progress(done, count)
+        finally:  # Ctrl-C too
+            index.put(found)
 
 
 def _chosen_by_name(source: str | Path) -> bool:
@@ -134,8 +138,9 @@ def _chosen_by_name(source: str | Path) -> bool:
     return not Path(source).expanduser().is_file()
 
 
-def _find(source: str | Path) -> Iterator[str]:
-    """The absolute paths of the files that a source names."""
+def find_files(source: str | Path) -> Iterator[str]:
+    """The absolute paths of the files that a source names, in no order. Raises `InputError` where there is no such
+    folder or file, or a list cannot be read."""
     root = Path(source).expanduser()
     if root.is_dir():
         yield from _walk(os.fspath(root.absolute()))

@@ -113,11 +113,16 @@ class Case(Record):
 def read_rows(path: Path, row: type[Row]) -> Iterator[Row]:
     """Yield the rows of a JSONL file; a line that is no row is a `RunError` that names file and line."""
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield row.from_json(json.loads(line.decode()))
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                raise RunError(f"{path}, line {number}: not a {row.__name__} ({error})") from error
+        yield from rows_in(lines, row, path)
+
+
+def rows_in(lines: Iterable[bytes], row: type[Row], path: Path, first: int = 1) -> Iterator[Row]:
+    """The same for lines of such a file, of which the first has the number `first`."""
+    for number, line in enumerate(lines, first):
+        try:
+            yield row.from_json(json.loads(line.decode()))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(f"{path}, line {number}: not a {row.__name__} ({error})") from error
 
 
 def write_rows(path: Path, rows: Iterable[Record | dict[str, Any]]) -> int:

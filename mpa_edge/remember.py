@@ -12,21 +12,26 @@ from mpa_edge.bundle import sha256_of
 from mpa_edge.records import write_atomic
 
 
-def remembered(path: Path, key: Any, make: Callable[[], Any], *files: Path) -> Any:
+def remembered(path: Path, key: Any, make: Callable[[], Any], *files: Path, others: Callable[[], str] = str) -> Any:
     """What `make` returns, as JSON reads it back.
 
-    It comes from `path` where that has it under the same key, and the `files` that `make` writes are as they were."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    It comes from `path` where that has it under the same key, and the `files` that `make` writes are as they were, and
+    the `others`, which are named by the digest that this returns."""
+
+    def state() -> list[str]:
+        return [digest, *(sha256_of(file) for file in files), others()]
+
+    digest = _digest(key)
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        if known["key"] == digest and known["files"] == _digests(files):
+        if known["sum"] == _digest(known["value"]) and known["state"] == state():
             return known["value"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # not there, or half of it, or older
     value = json.loads(json.dumps(make()))
-    write_atomic(path, json.dumps({"key": digest, "files": _digests(files), "value": value}) + "\n")
+    write_atomic(path, json.dumps({"state": state(), "sum": _digest(value), "value": value}) + "\n")
     return value
 
 
-def _digests(files: tuple[Path, ...]) -> list[str]:
-    return [sha256_of(path) for path in files]
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

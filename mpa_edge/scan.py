@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,20 +52,13 @@ class Pictures:
         """Names the pictures, in their order, by their contents."""
         return self._told[1]
 
-    @property
-    def key(self) -> str:
-        """Names them by their contents and paths."""
-        return self._told[2]
-
     @cached_property
-    def _told(self) -> tuple[int, str, str]:
-        contents, all_of_it, count = hashlib.sha256(), hashlib.sha256(), 0
+    def _told(self) -> tuple[int, str]:
+        contents, count = hashlib.sha256(), 0
         for sample in self.samples():
-            content = f"{sample.sha256}\n".encode()
-            contents.update(content)
-            all_of_it.update(content + os.fsencode(sample.path) + b"\0")
+            contents.update(f"{sample.sha256}\n".encode())
             count += 1
-        return count, contents.hexdigest(), all_of_it.hexdigest()
+        return count, contents.hexdigest()
 
     @property
     def shared(self) -> int | None:

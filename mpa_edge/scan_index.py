@@ -22,6 +22,8 @@ from mpa_edge.disk import disk_trouble
 from mpa_edge.records import Record, Sample
 
 BATCH = 1024
+# Pages that SQLite keeps in memory, of either of its files; they, and not the rows, are what a large scan takes.
+CACHE_KB = 512
 PATIENCE_SECONDS = 60.0
 # `finished` counts the checks of a scan that came to its end.
 _TABLES = """
@@ -99,6 +101,8 @@ class ScanIndex:
 
     def _prepare(self, path: Path | None) -> None:
         self._database.execute("PRAGMA temp_store = FILE")
+        for schema in ("main", "temp"):
+            self._database.execute(f"PRAGMA {schema}.cache_size = -{CACHE_KB}")
         self._database.executescript(_TABLES)
         _check_file(self._database, path)
         if self._database.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall() != _schema():

@@ -22,10 +22,11 @@ from mpa_edge.askers import Asker, Asks, Engine, Here, Part, Work, annotator_of,
 from mpa_edge.bundle import sha256_of
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch
+from mpa_edge.listing import listing_of, stored_in
 from mpa_edge.mirror import Mirror
 from mpa_edge.parts import STAGE, Parts, digest_of_stage, drop_stage, open_parts, read_parts
 from mpa_edge.progress import progress, say
-from mpa_edge.records import Annotation, Case, Sample, read_rows, write_rows
+from mpa_edge.records import Annotation, Case, Sample, read_rows, rows_in, write_rows
 from mpa_edge.remember import remembered
 from mpa_edge.run_events import recorded
 from mpa_edge.run_folder import RUN, RoundFolder, RunFolder, RunLog
@@ -53,6 +54,10 @@ class Scanned:
     shared: int | None
     digest: str
     test_pictures: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.test_pictures:
+            object.__setattr__(self, "test_pictures", tuple(self.test_pictures))  # JSON has lists only
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,24 @@ class TrainingSetMaker:
         return self._log
 
     def scan(self) -> Scanned:
-        """Find the usable pictures. Nothing of an earlier run is deleted before there are some."""
+        """Find the usable pictures: what the last scan found, where its source is as it was."""
+        config, run = self._config, self._run
+        note = run.path / ".samples.json"
+        if config.fresh:
+            note.unlink(missing_ok=True)
+        self._log = RunLog(run.path / RUN, **self._content)
+        with self._log.stage("samples") as facts:
+            files, stored = (run.samples, run.skipped), lambda: stored_in(run.images)
+            found = remembered(note, listing_of(config), lambda: asdict(self._scan()), *files, others=stored)
+            self._scanned = scanned = Scanned(**found)
+            move_rounds(run, config.rounds)
+            facts |= {"used": scanned.pictures, "skipped": scanned.skipped}
+            if scanned.test_pictures:
+                facts |= {"shared": scanned.shared, "test_pictures": scanned.test_pictures}
+        return self._scanned
+
+    def _scan(self) -> Scanned:
+        """Nothing of an earlier run is deleted before there are pictures."""
         config, run = self._config, self._run
         with find_pictures(config, run) as pictures:
             if config.fresh:
@@ -127,19 +149,10 @@ class TrainingSetMaker:
                 run.clear()
             else:
                 refuse_other_pictures(config, run, pictures)
-                move_rounds(run, config.rounds)
-            self._log = RunLog(run.path / RUN, **self._content)
-            with self._log.stage("samples") as facts:
-                self._scanned = self._write_samples(pictures)
-                facts |= {"used": self._scanned.pictures, "skipped": self._scanned.skipped}
-                if pictures.overlap:
-                    facts |= {"shared": self._scanned.shared, "test_pictures": self._scanned.test_pictures}
-        return self._scanned
+            return self._write_samples(pictures)
 
     def _write_samples(self, pictures: Pictures) -> Scanned:
-        # A million rows take half a minute.
-        note, samples = self._run.path / ".samples.json", self._run.samples
-        remembered(note, pictures.key, lambda: write_rows(samples, pictures.samples()), samples)
+        write_rows(self._run.samples, pictures.samples())
         write_rows(self._run.skipped, pictures.skipped())
         looked_at = (pictures.overlap.looked_at, pictures.overlap.pictures) if pictures.overlap else None
         skipped = count_by(item.reason for item in pictures.skipped())
@@ -178,10 +191,10 @@ class TrainingSetMaker:
 
     def _each(self, label: str, engine: Engine | None, asks: Asks, work: Work, mirror: Mirror | None) -> None:
         """Do the work on all parts, and keep each in the mirror."""
-        each = (engine or Here()).each(asks, enumerate(self._chunks()), work)
+        each = (engine or Here()).each(asks, self._chunks(), work)
         with progress(label, self._scanned.pictures) as advance, closing(each):  # Ctrl-C may come here too
-            for number, samples in each:
-                advance(len(samples))
+            for number, lines in each:
+                advance(len(lines))
                 if mirror:
                     mirror.keep(number)
         if mirror:
@@ -207,7 +220,10 @@ class TrainingSetMaker:
         return any((self.round(number).student / STAGE).exists() for number in range(1, self._config.rounds + 1))
 
     def _ask_part(self, asker: Asker, part: Part, annotations: Parts[Annotation], cases: Parts[Case]) -> None:
-        number, samples = part
+        number = part[0]
+        if not annotations.due(number) and not cases.due(number):
+            return
+        samples = self._samples(part)
         if annotations.due(number):
             cases.reopen(number)
             with self.log.clock("annotate"):
@@ -237,7 +253,7 @@ class TrainingSetMaker:
 
         def work(asker: Asker, part: Part) -> None:
             if cases.due(part[0]):
-                before, paths = first.read(part[0]), _paths(part[1])
+                before, paths = first.read(part[0]), _paths(self._samples(part))
                 with self.log.clock(stage_name("identify", number)):
                     cases.fill(part[0], lambda known: asker.cases(before, paths, known))
 
@@ -284,8 +300,8 @@ class TrainingSetMaker:
 
     def _training_rows(self, folder: RoundFolder, choice: Choice, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         place, home = 0, folder.path.resolve()
-        for samples, cases in zip(self._chunks(), Parts(folder.cases, Case), strict=True):
-            paths = _paths(samples)
+        for part, cases in zip(self._chunks(), Parts(folder.cases, Case), strict=True):
+            paths = _paths(self._samples(part))
             for case in cases:
                 if choice.chosen[place]:
                     counts[case.verdict] += 1
@@ -311,9 +327,14 @@ class TrainingSetMaker:
     def _parts(self) -> int:
         return -(-self._scanned.pictures // self._config.chunk_size)
 
-    def _chunks(self) -> Iterator[list[Sample]]:
-        samples = read_rows(self._run.samples, Sample)
-        return iter(lambda: list(islice(samples, self._config.chunk_size)), [])
+    def _chunks(self) -> Iterator[Part]:
+        with self._run.samples.open("rb") as lines:
+            for number in range(self._parts):
+                yield number, list(islice(lines, self._config.chunk_size))
+
+    def _samples(self, part: Part) -> list[Sample]:
+        number, lines = part
+        return list(rows_in(lines, Sample, self._run.samples, number * self._config.chunk_size + 1))
 
 
 def stage_name(name: str, number: int) -> str:

@@ -347,6 +347,8 @@ def growth(monkeypatch: pytest.MonkeyPatch, out: Path, pictures: int) -> tuple[i
         return index
 
     monkeypatch.setattr(scan, "scan", scanned)
+    listed = out.with_suffix(".txt")
+    listed.write_text("".join(f"/photos/{number}.jpg\n" for number in range(pictures)))
 
     class Starts(Teacher):
         log: list[str] = []  # noqa: RUF012
@@ -359,11 +361,11 @@ def growth(monkeypatch: pytest.MonkeyPatch, out: Path, pictures: int) -> tuple[i
             asks = prompts[0] in ASKS
             return [Answer(f"What is {next(self.places)}? red" if asks else "red") for _ in prompts]
 
-    make("x", out, Starts(), chunk_size=128)
+    make(listed, out, Starts(), chunk_size=128)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     start = time.perf_counter()
-    make("x", out, chunk_size=128)
+    make(listed, out, chunk_size=128)
     return peak, time.perf_counter() - start
 
 
