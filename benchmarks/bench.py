@@ -20,11 +20,12 @@ from typing import Any
 from mpa_edge import __version__
 from mpa_edge.answers import metric_named
 from mpa_edge.benchmarks.display import on_terminal
+from mpa_edge.benchmarks.earlier import earlier
 from mpa_edge.benchmarks.host import host
 from mpa_edge.benchmarks.jobs import Job, takes_length
 from mpa_edge.benchmarks.measure import Measured, Say, measure
 from mpa_edge.benchmarks.pareto import pareto
-from mpa_edge.benchmarks.regress import earlier, regressions
+from mpa_edge.benchmarks.regress import regressions
 from mpa_edge.benchmarks.report import timed_answers, write_report
 from mpa_edge.benchmarks.require import requirements
 from mpa_edge.benchmarks.roads import roads_of

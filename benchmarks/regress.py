@@ -7,44 +7,17 @@ same threads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import exp, hypot, log
-from pathlib import Path
 from typing import Any
 
+from mpa_edge.benchmarks.earlier import Earlier
 from mpa_edge.benchmarks.pareto import HEAVIER_FROM, LARGER_FROM, SLOWER_FROM
 from mpa_edge.benchmarks.require import disturbed
 from mpa_edge.errors import InputError
 from mpa_edge.stats import mean_interval, paired_difference
 
 Rows = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """An earlier report and its raw rows; none where they are not beside it."""
-
-    report: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-
-def earlier(path: Path) -> Earlier:
-    """Read an earlier report; `InputError` for a file that is none."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        known = {"variants", "task", "host", "settings"} <= report.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"--compare {path}: cannot be read ({error})") from error
-    if not known:
-        raise InputError(f"--compare {path}: not the report.json of mpa-edge bench")
-    raw = path.with_name("raw.jsonl")
-    try:
-        rows = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()] if raw.is_file() else []
-    except ValueError as error:
-        raise InputError(f"--compare: {raw} is damaged ({error}); delete it to compare by intervals") from error
-    return Earlier(report, rows)
 
 
 def regressions(before: Earlier, report: dict[str, Any], rows: Rows, seed: int) -> dict[str, Any]:
@@ -105,14 +78,15 @@ def accuracy_change(old: dict[str, Any], new: dict[str, Any], a: Any, b: Any, se
     None where one of the two asked nothing."""
     both = [key for key in a if key in b and a[key]["score"] is not None and b[key]["score"] is not None]
     values = old["accuracy"]["value"], new["accuracy"]["value"]
-    if None in values:
+    intervals = old["accuracy"]["ci95"], new["accuracy"]["ci95"]
+    if None in (*values, *intervals):
         return None
     paired = paired_difference([a[key]["score"] for key in both], [b[key]["score"] for key in both], seed=seed)
     if paired:
         delta, ends = paired.value, (paired.low, paired.high)
     else:
         delta = values[1] - values[0]
-        (low_a, high_a), (low_b, high_b) = old["accuracy"]["ci95"], new["accuracy"]["ci95"]
+        (low_a, high_a), (low_b, high_b) = intervals
         ends = (
             delta - hypot(values[1] - low_b, high_a - values[0]),
             delta + hypot(high_b - values[1], values[0] - low_a),
@@ -125,7 +99,7 @@ def time_change(
 ) -> dict[str, Any] | None:
     """The ratio of times over the pictures of both runs (geometric mean), else of the medians; `delta` is it less 1."""
     values = old["latency_ms"]["total"]["p50"], new["latency_ms"]["total"]["p50"]
-    if None in values:
+    if not all(values):
         return None
     both = [key for key in a if key in b and a[key]["wall_ms"] and b[key]["wall_ms"]]
     logs = mean_interval([log(b[key]["wall_ms"] / a[key]["wall_ms"]) for key in both], seed=seed)

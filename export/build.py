@@ -14,7 +14,7 @@ from typing import Any
 
 from mpa_edge.bundle import FORMATS, Bundle, File, describe_file, write_bundle
 from mpa_edge.errors import InputError, require
-from mpa_edge.export.families import family_of, prompt_settings, read_config
+from mpa_edge.export.families import family_of, read_config, read_settings
 from mpa_edge.export.merged import Merged, open_source, root_of
 from mpa_edge.export.model_files import CONFIG
 from mpa_edge.export.quants import Format, checked, checked_mmproj
@@ -23,7 +23,6 @@ from mpa_edge.export.road import Asked, Road, missing_full_precision, read_asked
 from mpa_edge.export.samples import run_questions, synthetic_questions
 from mpa_edge.export.steps import Steps
 from mpa_edge.export.workshop import Workshop
-from mpa_edge.processors import load_processor
 from mpa_edge.run_folder import RUN
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.selfcheck import MADE_WITH, SHAPING
@@ -231,14 +230,10 @@ class _Settings:
 
     def __init__(self, merged: Merged) -> None:
         self._merged = merged
-        config = read_config(merged.folder)
-        family = family_of(config)
-        processor = load_processor(merged.folder)
         task = merged.task
         template, most = (task.question_template, task.max_new_tokens) if task else ("{question}", 32)
+        family, self.image, self.prompt = read_settings(merged.folder, template, most)
         self.family = family.name
-        self.image = family.image_settings(config, processor)
-        self.prompt = prompt_settings(config, processor, template, most)
 
     def reference(self, samples: int) -> Any:
         """The merged model's answers to the run's own questions; where there are too few, to drawn ones as well."""

@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from mpa_edge.bundle import Images, PromptSettings
-from mpa_edge.errors import ExportError, UnknownFamily
+from mpa_edge.errors import ExportError, InputError, MpaEdgeError, UnknownFamily
 from mpa_edge.export.image_settings import full_config, idefics3_images, internvl_images, llava_images, qwen_vl_images
+from mpa_edge.processors import load_processor
 
 # A longer context is cut to this: its cache would take gigabytes on the device, for prompts that nobody has.
 MOST_CONTEXT = 32_768
@@ -53,6 +54,20 @@ def family_of(config: Mapping[str, Any]) -> Family:
     raise UnknownFamily(model_type, [known for family in FAMILIES for known in family.model_types])
 
 
+def read_settings(folder: Path, question_template: str, max_new_tokens: int) -> tuple[Family, Images, PromptSettings]:
+    """The family of a model folder, and what its files say about pictures and prompts. Raises `UnknownFamily`, and
+    `ExportError` where the files cannot be read, or say what nobody expects."""
+    config, processor = read_config(folder), read_processor(folder)
+    family = family_of(config)
+    try:
+        images = family.image_settings(config, processor)
+        return family, images, prompt_settings(config, processor, question_template, max_new_tokens)
+    except MpaEdgeError:
+        raise
+    except Exception as error:  # values of whatever type, in transformers' hands and in ours
+        raise ExportError(f"{folder}: its settings are no model's ({error!r})") from error
+
+
 def prompt_settings(
     config: Mapping[str, Any], processor: Any, question_template: str, max_new_tokens: int
 ) -> PromptSettings:
@@ -82,9 +97,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
         generation = folder / "generation_config.json"
         config["generation_config"] = json.loads(generation.read_bytes()) if generation.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{folder} is no transformers model folder: config.json cannot be read ({error})") from error
     return config
+
+
+def read_processor(folder: Path, longest_edge: int | None = None) -> Any:
+    """The processor of a model folder (see `load_processor`); `ExportError` where it cannot be loaded."""
+    try:
+        return load_processor(folder, longest_edge)
+    except InputError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise whatever they trip over
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ExportError(f"{folder}: its processor cannot be loaded ({reason})") from error
 
 
 def _begin_tokens(processor: Any) -> tuple[int, ...]:

@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpa_edge.errors import ExportError, ModelError
+from mpa_edge.export.families import read_processor
 from mpa_edge.export.merge_checks import check_files, check_logits, check_tensors, logits_of, probe_of, refuse_quantized
 from mpa_edge.export.merge_trained import AdaptedModel, Trained, WholeModel
 from mpa_edge.export.merge_weights import load_model, names_on_disk, weight_files
 from mpa_edge.export.model_files import CONFIG, read_json, write_json
 from mpa_edge.models import WHOLE, base_of
-from mpa_edge.processors import load_processor, save_limit
+from mpa_edge.processors import save_limit
 
 # What makes a model folder besides its weights.
 KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
@@ -48,7 +49,7 @@ def merge(trained: Path, out: Path, *, longest_edge: int | None = None) -> dict[
     trained_logits = logits_of(student.model, probe)
     write_merged(base, out, changed, student.tensor)
     if longest_edge is not None:
-        save_limit(out, load_processor(out, longest_edge).image_processor)
+        save_limit(out, read_processor(out, longest_edge).image_processor)
     del model, student
     return {
         **check_tensors(base, out, changed),

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from mpa_edge.errors import ExportError
+from mpa_edge.export.families import read_processor
 from mpa_edge.export.merge_weights import in_float32, load_model, tensor_names, weight_files
-from mpa_edge.processors import load_processor
 
 # Merged and adapter model may differ by this share of what the adapter does, or of the logits' own size.
 OF_EFFECT, OF_LOGITS = 0.05, 1e-3
@@ -81,7 +81,7 @@ def check_files(folder: Path) -> dict[str, Any]:
     if not (folder / "tokenizer.json").is_file():
         raise ExportError(f"{folder} has no tokenizer.json")
     try:
-        processor = load_processor(folder)
+        processor = read_processor(folder)
     except Exception as error:  # transformers raises whatever it trips over
         raise ExportError(f"{folder}: the processor cannot be loaded ({error})") from error
     if not hasattr(processor, "image_processor"):
@@ -97,7 +97,7 @@ def probe_of(folder: Path) -> dict[str, torch.Tensor]:
     """A drawn picture with a question, as the model's inputs."""
     x, y = np.meshgrid(np.arange(160), np.arange(120))
     pixels = np.stack([x * 255 // 159, y * 255 // 119, (x // 20 + y // 20) % 2 * 255], axis=-1)
-    processor = load_processor(folder)
+    processor = read_processor(folder)
     content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     image = Image.fromarray(pixels.astype(np.uint8))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForImageTextToText
@@ -27,26 +27,42 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint; `ExportError` when there are none, `ModelError` when there are pickles."""
     refuse_pickles(folder)
     index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    names = set(_indexed(index)) if index.is_file() else {"model.safetensors"}
     files = [folder / name for name in sorted(names)]
     if absent := [file.name for file in files if not file.is_file()]:
         raise ExportError(f"{folder} lacks {absent[0]}; weights in other formats than safetensors are not read")
     return files
 
 
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names: beside it, and nowhere else."""
+    try:
+        names = list(json.loads(index.read_bytes())["weight_map"].values())
+        if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+            raise ValueError("it must name safetensors files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ExportError(f"{index} cannot be read ({error!r})") from error
+    return names
+
+
 def tensor_names(shard: Path) -> list[str]:
-    """The names of the tensors in a safetensors file."""
-    with safe_open(shard, "pt") as tensors:
+    """The names of the tensors in a safetensors file; `ExportError` where it is none."""
+    with _opened(shard) as tensors:
         return list(tensors.keys())
+
+
+def _opened(shard: Path) -> Any:
+    try:
+        return safe_open(shard, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{shard} is not a whole safetensors file ({error})") from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The 16 bit type of a checkpoint that holds one only; float32 for all others."""
     found = set()
     for shard in weight_files(folder):
-        with safe_open(shard, "pt") as tensors:
+        with _opened(shard) as tensors:
             found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     return HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 

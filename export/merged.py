@@ -140,7 +140,7 @@ def _merge_once(run: Path, student: Path, longest_edge: int | None, progress: Pr
         known = json.loads(record.read_bytes())
         if known["inputs"] == inputs and known["output"] == digest_of_folder(folder):
             return folder, {**known["checks"], "base_sha256": inputs["base"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # not there, or half of it: make it anew
     progress("merge")
     # Out of reach of an `align` that trains the student anew, and of another export that merges it.

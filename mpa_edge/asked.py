@@ -58,7 +58,7 @@ def _is_merged_run(folder: Path, weights: str, bundle: Bundle) -> bool:
         record = json.loads((folder.resolve().parent / "merged.json").read_bytes())
         inputs = record["inputs"]["base"], record["inputs"]["adapter"]
         return record["output"] == weights and inputs == (bundle.source.base_sha256, bundle.source.adapter_sha256)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

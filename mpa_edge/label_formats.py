@@ -199,7 +199,8 @@ def _okvqa(data: dict[str, Any], beside: Path | None, path: Path) -> tuple[Reade
     if not isinstance(source.get("annotations"), list):
         raise InputError(f"{beside or path}: no list of annotations; {EXPECTED}")
     kinds = source.get("question_types", {})
-    notes = {entry["question_id"]: entry for entry in source["annotations"] if isinstance(entry, dict)}
+    dicts = (entry for entry in source["annotations"] if isinstance(entry, dict))
+    notes = {entry["question_id"]: entry for entry in dicts if isinstance(entry.get("question_id"), (int, str))}
     split = str(data.get("data_subtype", ""))
 
     def read(number: int, entry: dict[str, Any]) -> Row:

@@ -63,7 +63,7 @@ class MemoVlm:
 
 
 def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if text and not text.endswith("\n"):
         with path.open("a") as file:
             file.write("\n")  # what is written next must not continue a torn line
@@ -71,7 +71,7 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for line in text.split("\n"):
         try:
             row = json.loads(line)
-            rows.append((row["key"], row))
-        except ValueError:
+            rows.append((str(row["key"]), {name: row[name] for name in ("text", "finish", "error")}))
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return rows

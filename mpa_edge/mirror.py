@@ -41,7 +41,11 @@ class Mirror:
     def __init__(self, url: str, stages: Mapping[str, Path]) -> None:
         import fsspec
 
-        if "://" in url and ("@" in urlsplit(url).netloc or urlsplit(url).query):
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise InputError(f"--mirror: not an address ({error})") from error
+        if "://" in url and ("@" in parts.netloc or parts.query):
             raise InputError("--mirror: an address with a password or a ? in it would end up in files")
         try:
             self._fs, root = fsspec.core.url_to_fs(url)
@@ -125,7 +129,7 @@ class Mirror:
             raise self._refusal(stage, f"lacks its {STAGE}: nobody knows how it was made")
         try:
             compare_fingerprints(Path(stage), json.loads(self._read(stage, STAGE))["fingerprint"], now)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._refusal(stage, f"cannot be used: {STAGE} is damaged ({error})") from error
         except FingerprintMismatch as error:
             pairs = sorted(error.differences.items())

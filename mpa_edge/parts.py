@@ -190,8 +190,8 @@ def _read_stage(folder: Path) -> dict[str, Any]:
     path = folder / STAGE
     try:
         stage: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"fingerprint": stage["fingerprint"], "parts": int(stage["parts"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"fingerprint": dict(stage["fingerprint"]), "parts": int(stage["parts"])}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read ({error}). Delete {folder}, and type the same command again: it makes this stage "
             "anew."

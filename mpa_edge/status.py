@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, FiniteFloat, ValidationError
+
 from mpa_edge.amounts import spoken_seconds
 from mpa_edge.errors import RunError
 from mpa_edge.lock import LOCK
@@ -20,6 +22,34 @@ from mpa_edge.run_folder import RUN, known_run
 
 # What is looked at of a log: hours of a run.
 TAIL_BYTES = 256 << 10
+
+
+class Line(BaseModel, extra="allow", strict=True):
+    """A line of the log: what is told of it."""
+
+    time: str
+    event: str
+
+
+class Progress(Line):
+    """How far a stage is."""
+
+    stage: str
+    done: int
+    of: int
+    rate: FiniteFloat | None = None
+    left_s: FiniteFloat | None = None
+    rejected: dict[str, int] = {}
+
+
+class Failed(Line):
+    """What ended an attempt."""
+
+    error: str
+    message: str | None = None
+
+
+KINDS: dict[str, type[Line]] = {"progress": Progress, "failed": Failed}
 
 
 @dataclass(frozen=True)
@@ -93,11 +123,19 @@ def status_of(run: Path) -> Status:
     return Status(
         run=run,
         running=running,
-        stages=known_run(run).get("stages", {}),
+        stages=_stages(known_run(run)),
         parts={path.parent.name: _parts(path) for path in sorted(run.glob(f"*/{STAGE}")) if _has_parts(path)},
         progress=far[-1] if far else None,
         last_error=error,
         ended=over[-1] if over and not running else None,
+    )
+
+
+def _stages(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The stages of a `run.json`; what is no stage is left out."""
+    stages = run.get("stages")
+    return (
+        {name: facts for name, facts in stages.items() if isinstance(facts, dict)} if isinstance(stages, dict) else {}
     )
 
 
@@ -122,13 +160,13 @@ def _parts(stage: Path) -> Parts:
     written = sum(name.startswith("part-") and name.endswith(".jsonl") for name in names)
     try:
         count = int(json.loads(stage.read_text())["parts"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         count = written
     return Parts(written, count, sum(name.endswith(".failed") for name in names))
 
 
 def _tail(log: Path) -> Iterator[dict[str, Any]]:
-    """The last lines of a log; a torn one is left out."""
+    """The last lines of a log; a torn one, or one that says something else, is left out."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))
@@ -137,11 +175,10 @@ def _tail(log: Path) -> Iterator[dict[str, Any]]:
         return
     for line in lines:
         try:
-            row = json.loads(line)
-        except ValueError:
+            event = Line.model_validate_json(line).event
+            yield KINDS.get(event, Line).model_validate_json(line).model_dump(exclude_unset=True)
+        except ValidationError:
             continue
-        if isinstance(row, dict):
-            yield row
 
 
 def _counted(facts: dict[str, Any]) -> str:
@@ -150,7 +187,7 @@ def _counted(facts: dict[str, Any]) -> str:
     for name, value in facts.items():
         if isinstance(value, dict) and all(isinstance(count, int) for count in value.values()):
             said += [f"{name} {', '.join(f'{count:,} {key}' for key, count in value.items())}"] if value else []
-        elif name == "seconds":
+        elif name == "seconds" and isinstance(value, (int, float)):
             said.append(f"{value:,} s")
         elif isinstance(value, int):
             said.append(f"{name} {value:,}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-# Control characters but for tab and line feed, among them the one that begins a terminal's commands, and those that
-# turn the direction of writing, so that a name reads as another one.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Control characters but for tab and line feed, among them the one that begins a terminal's commands; those that turn
+# the direction of writing, so that a name reads as another one; and halves of surrogate pairs, which cannot be written.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(text: str) -> str:

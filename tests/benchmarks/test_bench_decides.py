@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from mpa_edge.benchmarks import measure
 from mpa_edge.benchmarks.bench import BenchConfig, bench
+from mpa_edge.benchmarks.earlier import Earlier, earlier
 from mpa_edge.benchmarks.jobs import Job
 from mpa_edge.benchmarks.outcome import BROKEN, UNDECIDED, exit_code, outcome
-from mpa_edge.benchmarks.regress import Earlier, changes_of, earlier, regressions
+from mpa_edge.benchmarks.regress import changes_of, regressions
 from mpa_edge.benchmarks.require import requirements
 from mpa_edge.benchmarks.variants import Variant
 from mpa_edge.benchmarks.verdict import verdict

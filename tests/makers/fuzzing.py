@@ -5,11 +5,15 @@ MPA_EDGE_FUZZ=20000 pytest tests/mpa_edge/test_fuzz.py      so many examples a p
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+from mpa_edge.errors import MpaEdgeError
 
 LONG = int(os.environ.get("MPA_EDGE_FUZZ", "0"))
 
@@ -22,6 +26,16 @@ def fuzzed(examples: int) -> Any:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+def refused_in_one_line(work: Callable[[], object], kind: type[MpaEdgeError]) -> None:
+    """Do it; whatever it raises is an error of this kind, whose message is short."""
+    said = ""
+    try:
+        work()
+    except kind as error:
+        said = str(error)
+    assert len(said) < 2000
 
 
 texts = st.text(max_size=40) | st.text(
@@ -50,3 +64,34 @@ def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
             st.binary(max_size=16) | st.just(bytes(content[place : place + length]) * 2)
         )
     return bytes(content[: draw(st.integers(0, len(content)) | st.just(len(content)))])
+
+
+def places_of(tree: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys that lead to each value of a JSON tree, and none to the tree itself."""
+    yield place
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from places_of(value, (*place, key))
+
+
+ODD = st.sampled_from([[], {}, "", 0, -1, 1e308, 10**30])
+
+
+@st.composite
+def other(draw: st.DrawFn, content: Any) -> Any:
+    """JSON content in which one value is another one, or gone."""
+    changed = json.loads(json.dumps(content))
+    *above, last = draw(st.sampled_from([place for place in places_of(content) if place]))
+    place = changed
+    for key in above:
+        place = place[key]
+    if draw(st.booleans()):
+        place[last] = draw(json_of(["a"], scalars | ODD))
+    else:
+        del place[last]
+    return changed
+
+
+def written(content: Any) -> st.SearchStrategy[bytes]:
+    """A file of JSON content: one value is another one, or some bytes are."""
+    return other(content).map(lambda tree: json.dumps(tree).encode()) | mutated(json.dumps(content).encode())

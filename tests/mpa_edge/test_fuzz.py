@@ -10,7 +10,6 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from fuzzing import fuzzed, json_of, mutated, texts
+from fuzzing import fuzzed, json_of, mutated, refused_in_one_line, texts
 from mpa_edge import answers
 from mpa_edge.benchmarks.require import parse_lines
 from mpa_edge.bundle import read_bundle
@@ -43,16 +42,6 @@ NESTED = "[" * 100_000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
-
-
-def refused_in_one_line(work: Callable[[], object], kind: type[MpaEdgeError]) -> None:
-    """Do it; whatever it raises is an error of this kind, whose message is short."""
-    said = ""
-    try:
-        work()
-    except kind as error:
-        said = str(error)
-    assert len(said) < 2000
 
 
 labels = [
