@@ -44,11 +44,14 @@ class Idefics3Vision(torch.nn.Module):
     def forward(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
         """Float (batch, tiles, 3, height, width) and bool (batch, tiles, height, width) -> (tiles, tokens, hidden)."""
         pixels, mask = pixel_values.flatten(0, 1), pixel_attention_mask.flatten(0, 1)
-        real = (pixels != 0).flatten(1).any(-1)
+        # Places and not truths: pixels and mask are then known to be equally many.
+        real = (pixels != 0).flatten(1).any(-1).nonzero().squeeze(1)
         pixels, mask = pixels[real], mask[real]
         # How many there are depends on the data. Before 2.13, torch must be told that it need not look for the case of
-        # one, which it would treat in another way; the graph's general way holds for one too.
+        # one, which it would treat in another way; the graph's general way holds for one too. It must
+        # be told of a limit as well, or sets one of its own, which does not fit into ONNX's integers.
         torch._check(pixels.shape[0] != 1)
+        torch._check(pixels.shape[0] < 2**31)
         patches = mask.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch).sum(dim=(-1, -2)) > 0
         hidden = self.tower(pixel_values=pixels, patch_attention_mask=patches).last_hidden_state
         features: torch.Tensor = self.connector(hidden)

@@ -16,7 +16,7 @@ from mpa_edge.bundle import Idefics3Images
 from mpa_edge.errors import ImageError
 from mpa_edge.runtime.idefics3 import Idefics3
 from mpa_edge.runtime.images import open_image
-from tiny_pictures import noise
+from tiny_pictures import PROCESSORS_MODES, noise, on_white
 
 SIZES = [(1, 1), (2, 5), (64, 64), (65, 64), (63, 17), (96, 96), (128, 128), (200, 150), (150, 200), (37, 400)]
 SIZES += [(400, 37), (1000, 3), (3, 1000), (192, 191), (191, 192), (640, 480), (333, 334), (1, 300), (300, 1)]
@@ -56,11 +56,12 @@ def test_tiles_equal_the_processors(size: tuple[int, int], longest_edge: int, sp
     assert_same(noise("RGB", size), settings(longest_edge, split))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P"])
+@pytest.mark.parametrize("mode", PROCESSORS_MODES)
 def test_colour_modes_equal_the_processors(mode: str) -> None:
     assert_same(noise(mode, (120, 90)), settings(192, True))
 
 
+@on_white
 def test_palette_with_transparency_equals_the_processors() -> None:
     image = noise("P", (50, 40))
     image.info["transparency"] = 17

@@ -22,7 +22,7 @@ from mpa_edge.export.image_settings import internvl_images
 from mpa_edge.processors import load_processor
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.internvl import InternVl, _nearest_grid
-from tiny_pictures import MODES, SHAPES, noise, save_turned
+from tiny_pictures import PROCESSORS_MODES, SHAPES, noise, save_turned
 
 FAMILY = InternVl()
 
@@ -74,7 +74,7 @@ def test_the_released_sizes_equal_the_processors(size: tuple[int, int]) -> None:
     assert_same(noise("RGB", size), settings_of())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PROCESSORS_MODES)
 def test_colour_modes_equal_the_processors(mode: str) -> None:
     assert_same(noise(mode, (120, 90)), settings_of(tile_size=32))
 

@@ -22,7 +22,7 @@ from mpa_edge.export.image_settings import llava_images
 from mpa_edge.processors import load_processor
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.llava import Llava, _resized
-from tiny_pictures import MODES, SHAPES, noise, save_turned
+from tiny_pictures import PROCESSORS_MODES, SHAPES, noise, save_turned
 
 FAMILY = Llava()
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
@@ -76,7 +76,7 @@ def test_the_released_sizes_equal_the_processors(size: tuple[int, int], variant:
     assert_same(noise("RGB", size), settings_of(variant))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PROCESSORS_MODES)
 @pytest.mark.parametrize("variant", ["clip-56", "siglip-56"])
 def test_colour_modes_equal_the_processors(mode: str, variant: str) -> None:
     assert_same(noise(mode, (120, 90)), settings_of(variant))

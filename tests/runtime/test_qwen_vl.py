@@ -24,7 +24,7 @@ from mpa_edge.processors import limit, load_processor
 from mpa_edge.runtime.families import Cut
 from mpa_edge.runtime.images import open_image
 from mpa_edge.runtime.qwen_vl import QwenVl
-from tiny_pictures import MODES, SHAPES, noise, save_turned
+from tiny_pictures import PROCESSORS_MODES, SHAPES, noise, save_turned
 
 FAMILY = QwenVl("qwen2_vl")
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
@@ -67,7 +67,7 @@ def test_pixel_values_equal_the_processors(size: tuple[int, int], changed: dict[
     assert_same(noise("RGB", size), settings_of(**changed))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PROCESSORS_MODES)
 def test_colour_modes_equal_the_processors(mode: str) -> None:
     assert_same(noise(mode, (120, 90)), settings_of(**SMALL))
 
