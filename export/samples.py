@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ from mpa_edge.tasks import Task
 
 Item = TypeVar("Item")
 
+# Of a run whose pictures are gone, no more rows than these are looked at: they are in memory.
+MOST_DRAWN = 10_000
 QUESTIONS = ("What is in the picture?", "What does the sign say?", "How many shapes are there?", "Is it red?")
 
 
@@ -31,25 +34,37 @@ class Question:
 
 
 def run_questions(run: Path, task: Task | None, count: int) -> list[Question]:
-    """Up to `count` questions that the run asked about its pictures, spread over it; fewer, or none, where it has them
-    no more. Pictures that are gone are passed over."""
-    folder = RunFolder(run)
+    """`count` questions that the run asked about its pictures, spread over it; fewer, or none, where it has no more.
+    Pictures that are gone are passed over, and others drawn in their place, `MOST_DRAWN` in all."""
+    folder, seen = RunFolder(run), set[str]()
+    questions: list[Question] = []
     try:
-        cases = _some_cases(Parts(folder.cases, Case), count)
-        asked = {case.sample_id for case in cases}
-        paths = {sample.id: sample.path for sample in read_rows(folder.samples, Sample) if sample.id in asked}
         images = Path(read_run(run).get("config", {}).get("images", "."))
+        parts = Parts(folder.cases, Case)
+        drawn = count
+        while len(questions) < count and drawn <= max(count, MOST_DRAWN):
+            cases = [case for case in _some_cases(parts, drawn) if case.id not in seen]
+            if not cases:
+                break
+            seen.update(case.id for case in cases)
+            found = _asked(cases, folder, images if images.is_dir() else images.parent, task)
+            questions += islice(found, count - len(questions))
+            drawn *= 4
     except (OSError, RunError):
-        return []
-    root = images if images.is_dir() else images.parent
-    questions = []
+        pass  # none, or those of the parts that can be read
+    return questions
+
+
+def _asked(cases: Sequence[Case], folder: RunFolder, root: Path, task: Task | None) -> Iterator[Question]:
+    """The questions of those cases whose pictures can be opened."""
+    asked = {case.sample_id for case in cases}
+    paths = {sample.id: sample.path for sample in read_rows(folder.samples, Sample) if sample.id in asked}
     for case in cases:
         try:
             image = open_image(root / paths[case.sample_id])
         except (ImageError, KeyError):
             continue
-        questions.append(Question(image, task.prompt(case.question) if task else case.question))
-    return questions
+        yield Question(image, task.prompt(case.question) if task else case.question)
 
 
 def _some_cases(parts: Parts[Case], count: int) -> list[Case]:
