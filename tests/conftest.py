@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import warm
 from tiny_models import (
     make_adapter,
     make_idefics3,
@@ -57,6 +59,18 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llava_16_bit(tmp_path_factory: pytest.TempPathFactory, tiny_llava: Path) -> Path:
+    """`tiny_llava` with weights in bfloat16, as most models are published."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llava-16-bit"
+    shutil.copytree(tiny_llava, folder)
+    AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_llava_siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA with a SigLIP tower: every picture is squeezed to a square of 16 image tokens."""
     return make_llava(tmp_path_factory.mktemp("tiny") / "tiny-llava-siglip", tower="siglip", seed=1)
@@ -70,8 +84,16 @@ def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def onnx_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """`onnx_graphs(model)`: where `to_onnx` keeps the float32 graphs of a model folder; see `made_once`."""
-    from mpa_edge.export.onnx_graphs import export_graphs
+    """`onnx_graphs(model)`: where `to_onnx` keeps the float32 graphs of a model folder; see `made_once`. One of the
+    models keeps its weights beside its graphs, as those do that are too large for one file."""
+    from mpa_edge.export import onnx_decoder, onnx_graphs, onnx_tensors
+
+    def export_graphs(model: Path, folder: Path) -> dict[str, float]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(onnx_decoder, "subprocess", warm)  # for the builder
+            if model.name == "tiny-llava-16-bit":
+                patch.setattr(onnx_tensors, "INLINE_BYTES", 1000)
+            return onnx_graphs.export_graphs(model, folder)
 
     return made_once(tmp_path_factory, "onnx-graphs", export_graphs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from mpa_edge.errors import ExportError
-from mpa_edge.export import onnx_tensors
 from mpa_edge.export.float32_graphs import graphs_once
 from mpa_edge.export.onnx_decoder import text_model
 from mpa_edge.export.onnx_graphs import (
@@ -64,20 +62,10 @@ VISION_INPUTS: dict[str, dict[str, tuple[list[Any], str]]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_llava_16_bit(tmp_path_factory: pytest.TempPathFactory, tiny_llava: Path) -> Path:
-    """`tiny_llava`, CLIP tower, with weights in bfloat16, as most models are published."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llava-16-bit"
-    shutil.copytree(tiny_llava, folder)
-    AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
 class Graphs:
     """A model in transformers and its three graphs in ONNX Runtime, nothing of our runtime between."""
 
     def __init__(self, name: str, model: Path, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
         self.name, self.folder = name, folder
         self.differences = graphs_once(model, folder, export_graphs)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
@@ -134,12 +122,8 @@ class Graphs:
 
 @pytest.fixture(scope="module", params=VISION_INPUTS)
 def graphs(request: pytest.FixtureRequest, onnx_graphs: Callable[[Path], Path]) -> Graphs:
-    """One of the models keeps its weights beside its graphs, as those do that are too large for one file."""
     model = request.getfixturevalue(request.param)
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == BESIDE:
-            patch.setattr(onnx_tensors, "INLINE_BYTES", 1000)
-        return Graphs(request.param, model, onnx_graphs(model))
+    return Graphs(request.param, model, onnx_graphs(model))
 
 
 def test_logits_at_every_position_equal_those_of_transformers(graphs: Graphs) -> None:
@@ -282,8 +266,6 @@ def test_a_graph_that_differs_from_the_model_fails_the_export(
     tensor: str | None,
 ) -> None:
     whole = onnx_graphs(tiny_idefics3)
-    whole.mkdir(exist_ok=True)
-    graphs_once(tiny_idefics3, whole, export_graphs)
 
     def graph(wanted: str) -> ir.Model:
         model = onnx.load(whole / f"{wanted}.onnx")

@@ -28,7 +28,10 @@ from mpa_edge.runtime.vlm import Decoding
 from tiny_bundles import manifest_of
 from tiny_pictures import upright_rgb
 
-MODELS = ["tiny_idefics3", "tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_llava", "tiny_llava_siglip", "tiny_internvl"]
+MODELS = [
+    *("tiny_idefics3", "tiny_qwen2_vl", "tiny_qwen2_5_vl"),
+    *("tiny_llava_16_bit", "tiny_llava_siglip", "tiny_internvl"),
+]
 FORMATS = {"gguf": "llama.cpp", "onnx": "onnxruntime", "openvino": "openvino"}
 FULL = {"gguf": "f32", "onnx": "fp32", "openvino": "fp32"}
 # Pictures by their sizes: smaller than a tile, one tile, many tiles, very wide, very tall, and two in one prompt.
@@ -105,7 +108,6 @@ class Exported:
             return {quant: to_openvino(self.original.folder, folders[quant], quant, graphs=graphs) for quant in folders}
         from mpa_edge.export.to_onnx import to_onnx
 
-        graphs.mkdir(exist_ok=True)
         return {quant: to_onnx(self.original.folder, folder, quant, graphs=graphs) for quant, folder in folders.items()}
 
 

@@ -80,12 +80,12 @@ def test_inputs_and_outputs_are_those_of_optimum_intel(
 
 
 def test_openvino_alone_gives_the_logits_of_transformers(
-    openvino_bundle: MakeBundle, tiny_llava: Path, picture: Callable[..., Any]
+    openvino_bundle: MakeBundle, tiny_llava_16_bit: Path, picture: Callable[..., Any]
 ) -> None:
     """None of our runtime: the processor's inputs through the three graphs."""
-    folder = openvino_bundle(tiny_llava, "fp32")
-    model: Any = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32).eval()
-    processor = load_processor(tiny_llava)
+    folder = openvino_bundle(tiny_llava_16_bit, "fp32")
+    model: Any = AutoModelForImageTextToText.from_pretrained(tiny_llava_16_bit, dtype=torch.float32).eval()
+    processor = load_processor(tiny_llava_16_bit)
     inputs = processor(text=[f"USER: <image>\n{QUESTION}"], images=[picture(90, 60)], return_tensors="pt")
     with torch.inference_mode():
         wanted = model(**inputs).logits[0].numpy()

@@ -4,13 +4,14 @@ byte."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import warm
 
 COMMAND = """
 import sys
@@ -41,16 +42,17 @@ def command(pair: Any, out: Path) -> list[str]:
     return [sys.executable, "-c", COMMAND, *map(str, (pair.images, pair.teacher, pair.student, out))]
 
 
-def kill_when(sign: Path, arguments: list[str]) -> None:
+def kill_when(sign: Path, arguments: list[str], log: Path) -> None:
     """Start the command and kill it as soon as a file is there."""
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + AT_MOST
-        while not sign.exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < end, f"{sign} did not appear"
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = warm.start(arguments, log=log)
+    end = time.monotonic() + AT_MOST
+    while not sign.exists():
+        assert process.exitcode is None, log.read_text()
+        assert time.monotonic() < end, f"{sign} did not appear"
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -74,10 +76,10 @@ def test_killed_in_each_stage_it_ends_in_the_same_files(tiny_pair: Any, tmp_path
     # The folder has one name in both: the audit page shows it.
     disturbed, undisturbed = tmp_path / "a" / "run", tmp_path / "b" / "run"
     for sign in SIGNS:
-        kill_when(disturbed / sign, command(tiny_pair, disturbed))
+        kill_when(disturbed / sign, command(tiny_pair, disturbed), tmp_path / "log")
         assert not (disturbed / "student" / "metrics.json").exists(), f"killed too late at {sign}"
         (disturbed / sign).parent.joinpath(".left-behind.1.tmp").write_text("half a line")
-    for out in (disturbed, undisturbed):
+    for out in (disturbed, undisturbed):  # each in a fresh process: nothing depends on the seed of hashes
         subprocess.run(command(tiny_pair, out), check=True, capture_output=True, text=True, timeout=AT_MOST)
     found, wanted = files(disturbed), files(undisturbed)
     assert found.keys() == wanted.keys()
