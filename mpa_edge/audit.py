@@ -27,7 +27,7 @@ from mpa_edge.audit_sample import Sampler, Shown
 from mpa_edge.audit_settings import facts_of, held_out
 from mpa_edge.errors import ImageError, RunError
 from mpa_edge.identify import RIGHT, verdict_of
-from mpa_edge.parts import read_parts
+from mpa_edge.parts import Parts, part_path, read_parts
 from mpa_edge.records import Annotation, Case, Record, Sample, read_rows, write_atomic
 from mpa_edge.run_folder import RoundFolder, RunFolder, read_run
 from mpa_edge.runtime.images import open_image
@@ -126,7 +126,7 @@ def audit_run(path: Path, *, rounds: int | None = None, limit: int = CARDS) -> P
     with closing(Favourites()) as favourites:
         if folders:
             counts.append(_count_round(folders[-1], sampler, favourites))
-        often = favourites.table(read_parts(folders[-1].cases, Case) if folders else ())
+        often = favourites.table(_lines(folders[-1].cases) if folders else ())
     for number, each in enumerate(counts, 1):
         each.held_out = held_out(content, number)
     script = _template("audit.js.j2").render()
@@ -157,7 +157,8 @@ def _count_before(run: RunFolder, sampler: Sampler) -> Before:
     before = Before()
     if run.skipped.is_file():
         before.skipped.update(item.reason for item in read_rows(run.skipped, Skipped))
-    before.pictures = sum(1 for _ in read_rows(run.samples, Sample))
+    with run.samples.open("rb") as lines:  # which the cards read
+        before.pictures = sum(1 for _ in lines)
     for row in read_parts(run.annotations, Annotation):
         before.written += 1
         if row.reason is not None:
@@ -196,6 +197,13 @@ def _marked(folder: RoundFolder) -> Iterator[tuple[Case, bool, Trained | None]]:
         yield case, collapsed.row_of(case) is not None, trained.row_of(case)
     for follower in (collapsed, trained):
         follower.end()
+
+
+def _lines(cases: Path) -> Iterator[bytes]:
+    """The rows of a stage that was just read, as they are written."""
+    for number in range(Parts(cases, Case).count):
+        with part_path(cases, number).open("rb") as lines:
+            yield from lines
 
 
 class _Follower:

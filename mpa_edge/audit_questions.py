@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from mpa_edge.records import Case
 
 MOST = 10
 ANSWERS = 3
+# Rows that are put into the database at once.
+BATCH = 1024
 # SQLite's integers have a sign.
 _HALF = 1 << 63
 
@@ -20,7 +23,7 @@ class Favourites:
     """Counts questions by what is left of them without fillers, as the cap on favourites does (`mpa_edge.collapse`).
 
     The rows are read twice: `add` keeps their keys in a temporary database on disk, so that memory does not grow with
-    them, `table` finds the words for the few that are shown.
+    them, `table` finds the words for the few that are shown, and understands the lines of no others.
     """
 
     def __init__(self) -> None:
@@ -30,6 +33,7 @@ class Favourites:
             """PRAGMA temp_store = FILE; PRAGMA journal_mode = OFF;
                CREATE TABLE asked (question INTEGER, pair INTEGER, collapsed INTEGER); BEGIN"""
         )
+        self._new: list[tuple[int, int, bool]] = []
 
     def close(self) -> None:
         """Let go of the database."""
@@ -38,20 +42,27 @@ class Favourites:
     def add(self, case: Case, collapsed: bool) -> None:
         """Count a question; `collapsed` says whether the cap dropped it."""
         question, pair = keys_of(case.question, case.answer)
-        self._database.execute("INSERT INTO asked VALUES (?, ?, ?)", (question - _HALF, pair - _HALF, collapsed))
+        self._new.append((question - _HALF, pair - _HALF, collapsed))
+        if len(self._new) == BATCH:
+            self._insert()
 
-    def table(self, cases: Iterable[Case]) -> dict[str, Any]:
-        """What comes more than once, the commonest first, given the same rows in the same order once more.
+    def _insert(self) -> None:
+        self._database.executemany("INSERT INTO asked VALUES (?, ?, ?)", self._new)
+        self._new.clear()
+
+    def table(self, lines: Iterable[bytes]) -> dict[str, Any]:
+        """What comes more than once, the commonest first, given the same rows in the same order once more, as JSON.
 
         `total`, `different` and `dropped` count questions; each row of `questions` and `pairs` has its `question`,
         `count`, `share` in percent and `dropped`, and its commonest `answers` or its `answer`.
         """
+        self._insert()
         total, dropped = self._rows("SELECT count(*), coalesce(sum(collapsed), 0) FROM asked")[0]
         ((different,),) = self._rows("SELECT count(*) FROM (SELECT 1 FROM asked GROUP BY question)")
         often, twice = self._commonest("question"), self._commonest("pair")
         answers = {key: self._answers(key) for key, *_ in often}
         pairs = {pair for rows in (twice, *answers.values()) for pair, *_ in rows}
-        words = self._words(cases, {key for key, *_ in often}, pairs)
+        words = self._words(lines, {key for key, *_ in often}, pairs)
         share = 100 / max(total, 1)
         return {
             "total": total,
@@ -86,11 +97,14 @@ class Favourites:
     def _rows(self, query: str, *values: int) -> list[Any]:
         return self._database.execute(query, values).fetchall()
 
-    def _words(self, cases: Iterable[Case], questions: set[int], pairs: set[int]) -> dict[int, tuple[str, str]]:
+    def _words(self, lines: Iterable[bytes], questions: set[int], pairs: set[int]) -> dict[int, tuple[str, str]]:
         """Question and answer in the commonest of the wordings that count as one."""
         wordings: dict[int, Counter[tuple[str, str]]] = defaultdict(Counter)
         keys = self._database.execute("SELECT question, pair FROM asked ORDER BY rowid")
-        for case, (question, pair) in zip(cases, keys, strict=True):
+        for line, (question, pair) in zip(lines, keys, strict=True):
+            if question not in questions and pair not in pairs:
+                continue
+            case = Case.from_json(json.loads(line))
             if question in questions:
                 wordings[question][case.question, ""] += 1
             if pair in pairs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mpa_edge.audit_questions import Favourites
+from mpa_edge.records import lines_of
 from tiny_runs import case
 
 
@@ -14,7 +15,7 @@ def test_favourites() -> None:
     found = Favourites()
     for number, row in enumerate(rows):
         found.add(row, collapsed=number in (3, 4, 6))
-    table = found.table(iter(rows))
+    table = found.table(lines_of(rows).splitlines())
     assert (table["total"], table["different"], table["dropped"]) == (10, 2, 3)
     (time,) = table["questions"]
     assert time["answers"][0] == {"answer": "10:10", "count": 5}
