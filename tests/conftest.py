@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Exact comparisons are for the CPU. For what only a GPU shows: CUDA_VISIBLE_DEVICES=0 pytest tests/gpu
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+# They take a quarter of a minute and more. A long file that comes last keeps one core idle, so they come first.
+LONGEST = (
+    *("test_parity.py", "test_kill.py", "test_packaging.py", "test_demo.py", "test_sharding.py", "test_ranks.py"),
+    *("test_memory.py", "test_ray_engine.py", "test_align.py", "test_build.py", "test_onnx_graphs.py"),
+    *("test_onnx_readme.py", "test_to_openvino.py", "test_faults.py", "test_chat_stock.py", "test_training.py"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist hands out files with many tests first; here those take longest that have few."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +140,9 @@ def made_once(
 
     def graphs_of(model: Path) -> Path:
         with FileLock(root / f"{model.name}.lock"):
+            gc.freeze()  # what tests hold by now is not walked through at each of an export's collections of garbage
             graphs_once(model, root / model.name, export_graphs)
+            gc.unfreeze()
         return root / model.name
 
     return graphs_of

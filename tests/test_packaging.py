@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -28,6 +30,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(folder), str(folder / "tree")], check=True)
     return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_one_tile: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`exported(format, quant)`: a whole export's bundle, made once."""
+    from mpa_edge.export.build import export
+
+    root, made = tmp_path_factory.mktemp("bundles"), dict[str, Path]()
+
+    def make(format: Any, quant: str) -> Path:
+        if format not in made:
+            (made[format],) = export(tiny_one_tile, format, [quant], root / format, samples=4)
+        return made[format]
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -109,16 +126,15 @@ def test_help_imports_no_library_that_it_does_not_need() -> None:
 
 @pytest.mark.parametrize(("extra", "quant", "engine"), [("onnx", "fp32", "onnxruntime"), ("gguf", "f16", "llama_cpp")])
 def test_one_extra_alone_is_enough_to_run_a_bundle(
-    extra: str, quant: str, engine: str, tiny_one_tile: Path, installed: Path, tmp_path: Path
+    extra: str, quant: str, engine: str, exported: Callable[[str, str], Path], installed: Path, tmp_path: Path
 ) -> None:
     """In an environment that holds what `pip install mpa-edge[extra]` brings, and nothing else."""
     from PIL import Image
 
-    from mpa_edge.export.build import export
     from mpa_edge.runtime import load
     from mpa_edge.terminal import shown
 
-    (bundle,) = export(tiny_one_tile, extra, [quant], tmp_path / "bundles", samples=4)  # type: ignore[arg-type]
+    bundle = exported(extra, quant)
     picture = tmp_path / "picture.png"
     Image.effect_noise((80, 60), 90).convert("RGB").save(picture)
     (tmp_path / "site").mkdir()
@@ -134,10 +150,10 @@ def test_one_extra_alone_is_enough_to_run_a_bundle(
         assert result.stdout == shown(vlm.ask(picture, "What is this?", max_new_tokens=6).text) + "\n"
 
 
-def test_a_missing_engine_ends_in_the_pip_line(tiny_one_tile: Path, installed: Path, tmp_path: Path) -> None:
-    from mpa_edge.export.build import export
-
-    (bundle,) = export(tiny_one_tile, "onnx", ["fp32"], tmp_path / "bundles", samples=4)
+def test_a_missing_engine_ends_in_the_pip_line(
+    exported: Callable[[str, str], Path], installed: Path, tmp_path: Path
+) -> None:
+    bundle = exported("onnx", "fp32")
     (tmp_path / "site").mkdir()
     site = bare_site(tmp_path / "site", installed, "gguf")
     result = run_bare(site, "from mpa_edge.cli import main; main()", "ask", str(bundle), "picture.png", "What?")
