@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +35,9 @@ from PIL import Image
 
 from mpa_edge.errors import ImageError, InputError
 from mpa_edge.labelled import pictures_in
-from mpa_edge.records import Sample, write_atomic
+from mpa_edge.records import Sample
 from mpa_edge.runtime.images import FORMATS, open_image
+from mpa_edge.shared import Shared, read_cache, write_cache
 
 Floats = NDArray[np.float32]
 Pictures = NDArray[np.uint8]
@@ -63,7 +63,7 @@ class Overlap(NamedTuple):
     """What `find_shared` found: why each shared sample is one, by its id. `looked_at` counts the pictures of the test
     that could be read, `pictures` all."""
 
-    shared: dict[str, str]
+    shared: Shared
     looked_at: int
     pictures: int
 
@@ -79,18 +79,19 @@ def find_shared(
     """Which samples the test has too; after `limit` others the rest is not looked at. `samples` is called each time
     that they are read, in one order: they need not fit into memory.
 
-    `test` is a labelled test set as `mpa_edge.labelled` reads it; only its pictures are looked at. A detail names the
-    test's picture and, for a near-duplicate, the distance. `cache` names a file that remembers the outcome. Memory
-    grows with the test, not with the pool. Raises `InputError` where the test, or all of its pictures, cannot be read.
+    `test` is a labelled test set as `mpa_edge.labelled` reads it; only its pictures are looked at. A detail names
+    the test's picture and, for a near-duplicate, the distance. `cache` names a file that remembers the outcome.
+    Memory grows with the test, not with the pool, nor with what they share. Raises `InputError` where the test, or
+    all of its pictures, cannot be read.
     """
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         pictures = _TestPictures.of(test, pool)
         key = _key(samples(), pictures, limit)
-        shared = _read_cache(cache, key)
+        shared = read_cache(cache, key) if cache else None
         if shared is None:
             shared = _shared(samples, pictures, pool, limit)
             if cache:
-                write_atomic(cache, json.dumps({"key": key, "shared": shared}))
+                write_cache(cache, key, shared)
     return Overlap(shared, pictures.looked_at, pictures.count)
 
 
@@ -154,10 +155,10 @@ def signature_of(source: Path | bytes) -> Pictures | None:
 
 def _shared(
     samples: Callable[[], Iterable[Sample]], test: _TestPictures, pool: ThreadPoolExecutor, limit: int | None
-) -> dict[str, str]:
+) -> Shared:
     """Why each shared sample is one, by its id; of all samples, or of as many as `limit` others take."""
     equal = (sample for sample in samples() if sample.sha256 in test.names)
-    shared = {sample.id: f"the same file as {test.names[sample.sha256]}" for sample in equal}
+    shared = Shared((sample.id, f"the same file as {test.names[sample.sha256]}") for sample in equal)
     others = (sample for sample in samples() if sample.sha256 not in test.names)
     kept = 0
     for chunk in _chunks(others, min(CHUNK, limit or CHUNK)):
@@ -171,7 +172,8 @@ def _shared(
         copies = nearest_copies(np.stack([signature for _, signature in signed]), test.signatures)
         for (sample, _), (place, distance) in zip(signed, copies, strict=True):
             if place is not None:
-                shared[sample.id] = f"a near-duplicate of {test.signed[place]} (distance {distance:.3f})"
+                detail = f"a near-duplicate of {test.signed[place]} (distance {distance:.3f})"
+                shared.add([(sample.id, detail)])
                 kept -= 1
     return shared
 
@@ -285,15 +287,6 @@ def _key(samples: Iterable[Sample], pictures: _TestPictures, limit: int | None) 
     for part in chain((f"{sample.id}={sample.sha256}" for sample in samples), sorted(pictures.names)):
         digest.update(part.encode() + b"\n")
     return digest.hexdigest()
-
-
-def _read_cache(path: Path | None, key: str) -> dict[str, str] | None:
-    """The outcome of an earlier call with the same pictures; a cache that cannot be read is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        return dict(content["shared"]) if content["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -176,8 +176,12 @@ class ScanIndex:
         with self._transaction():
             samples = self.samples(None) if details else ()
             rows = ((sample.sha256, details[sample.id]) for sample in samples if sample.id in details)
-            found = [(bytes.fromhex(digest), detail) for digest, detail in rows]
-            self._database.executemany("INSERT INTO shared VALUES (?, ?)", found)
+            found = ((bytes.fromhex(digest), detail) for digest, detail in rows)
+            # Not at once into the table that the samples are read with.
+            self._database.execute("CREATE TEMP TABLE found (sha256 BLOB, detail TEXT)")
+            self._database.executemany("INSERT INTO found VALUES (?, ?)", found)
+            self._database.execute("INSERT INTO shared SELECT * FROM found")
+            self._database.execute("DROP TABLE found")
         self._limit = -1 if limit is None else limit
 
     # --- reading -----------------------------------------------------------------------------------------------------
