@@ -24,9 +24,9 @@ class CostModel:
     questions: int = 3
     usable: float = 0.8
     votes: int = 1
-    write_s: float = 0.147
-    check_s: float = 0.054
-    student_s: float = 0.059
+    write_s: float = 0.14
+    check_s: float = 0.053
+    student_s: float = 0.063
 
     def requests(self, images: int) -> int:
         """Answers of the teacher: each question written, and each usable one answered `votes` times."""

@@ -1,5 +1,6 @@
-"""What only a CUDA GPU shows, on the reference pair: the CPU's answers, 4 bit, training that is killed and goes on, and
-what the report tells of memory and energy. Engines that are not built for a GPU are skipped one by one.
+"""What only a CUDA GPU shows, on the reference pair: the CPU's answers, 4 bit, training that is killed and goes on, Ray
+actors that share it, and what the report tells of memory and energy. Engines that are not built for a GPU are skipped
+one by one.
 
     CUDA_VISIBLE_DEVICES=0 pytest tests/gpu          on a machine with one; the other tests do not see it
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,11 +38,17 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def gguf_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from mpa_edge.benchmarks.runtime_bundles import write_bundles
 
-    quants = {"gguf": ("f16", "q8_0"), "onnx": ("fp32", "fp16", "q4f16")}
-    return write_bundles(STUDENT, tmp_path_factory.mktemp("gpu-bundles"), quants)
+    return write_bundles(STUDENT, tmp_path_factory.mktemp("gpu-gguf"), {"gguf": ("f16", "q8_0")})
+
+
+@pytest.fixture(scope="module")
+def onnx_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from mpa_edge.benchmarks.runtime_bundles import write_bundles
+
+    return write_bundles(STUDENT, tmp_path_factory.mktemp("gpu-onnx"), {"onnx": ("fp32", "fp16", "q4f16")})
 
 
 def asked(vlm: Any, pool: list[Path]) -> list[Answer]:
@@ -127,6 +135,40 @@ def test_killed_in_training_it_goes_on(pool: list[Path], tmp_path: Path) -> None
     assert [entry["epoch"] for entry in metrics_of(tmp_path / "run")["history"]] == list(range(41))
 
 
+def asked_files(run: Path) -> dict[str, bytes]:
+    """Everything that asking writes."""
+    paths = [*run.glob("annotations/*"), *run.glob("cases/*"), run / "parity.jsonl"]
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+
+
+def processes_on_the_gpu() -> set[str]:
+    """Their ids, as the driver knows them."""
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    return set(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_two_actors_share_the_gpu_and_write_what_one_process_writes(pool: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    # Parts of few pictures, so that both have work; the same ones, so that batches are the same, and bits with them.
+    settings = ("--chunk-size", "4", "--epochs", "1")
+    subprocess.run(align_command(pool, tmp_path / "one", *settings), check=True, timeout=AT_MOST)
+    ray = ("--engine", "ray", "--gpus-per-actor", "0.5", "--actors", "2")
+    before, most = processes_on_the_gpu(), 0
+    with subprocess.Popen(align_command(pool, tmp_path / "two", *settings, *ray)) as process:
+        end = time.monotonic() + AT_MOST
+        while process.poll() is None:
+            assert time.monotonic() < end
+            most = max(most, len(processes_on_the_gpu() - before))
+            time.sleep(0.2)
+    assert process.returncode == 0
+    assert "bfloat16" in (tmp_path / "two" / "run.json").read_text()
+    assert most >= 2
+    found, wanted = asked_files(tmp_path / "two"), asked_files(tmp_path / "one")
+    assert sum(name.endswith(".jsonl") for name in wanted) == 2 * len(pool) / 4 + 1
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
 def test_the_report_tells_the_gpus_memory_and_energy(tmp_path: Path) -> None:
     from mpa_edge.benchmarks.bench import BenchConfig, bench
 
@@ -148,28 +190,62 @@ def test_the_report_tells_the_gpus_memory_and_energy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quant", ["f16", "q8_0"])
 def test_llamacpp_on_the_gpu_answers_as_the_model(
-    bundles: dict[str, Path], pool: list[Path], expected: list[Answer], quant: str
+    gguf_bundles: dict[str, Path], pool: list[Path], expected: list[Answer], quant: str
 ) -> None:
     llama = pytest.importorskip("llama_cpp.llama_cpp")
     if not llama.llama_supports_gpu_offload():
         pytest.skip("this llama.cpp was built for the CPU only")
     from mpa_edge.runtime import load
 
-    with load(bundles[f"gguf-{quant}"], device="cuda") as vlm:
+    with load(gguf_bundles[f"gguf-{quant}"], device="cuda") as vlm:
         assert vlm.reader.engine.device == "gpu"
         assert alike(asked(vlm, pool), expected) >= 0.9
 
 
-@pytest.mark.parametrize("quant", ["fp32", "fp16", "q4f16"])
-def test_onnx_runtime_on_the_gpu_answers_as_the_model(
-    bundles: dict[str, Path], pool: list[Path], expected: list[Answer], quant: str
-) -> None:
+def needs_cuda_provider() -> None:
     ort = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider")
+
+
+@pytest.mark.parametrize("quant", ["fp32", "fp16", "q4f16"])
+def test_onnx_runtime_on_the_gpu_answers_as_the_model(
+    onnx_bundles: dict[str, Path], pool: list[Path], expected: list[Answer], quant: str
+) -> None:
+    needs_cuda_provider()
     from mpa_edge.runtime import load
 
-    with load(bundles[f"onnx-{quant}"], device="cuda") as vlm:
+    with load(onnx_bundles[f"onnx-{quant}"], device="cuda") as vlm:
         assert alike(asked(vlm, pool), expected) >= (0.6 if quant == "q4f16" else 0.9)
         # The cache stays where it is computed.
         assert {value.device_name() for value in vlm.reader.engine._past.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("quant", ["fp32", "fp16"])
+def test_onnx_runtime_replays_on_the_gpu_what_the_cpu_answered(
+    onnx_bundles: dict[str, Path], pool: list[Path], tmp_path: Path, quant: str
+) -> None:
+    needs_cuda_provider()
+    from mpa_edge.bundle import read_bundle, write_bundle
+    from mpa_edge.runtime import load, selfcheck
+
+    folder = tmp_path / quant
+    shutil.copytree(onnx_bundles[f"onnx-{quant}"], folder)
+    with load(folder, device="cpu") as vlm:
+        samples = selfcheck.record(vlm)
+    bundle = read_bundle(folder)
+    write_bundle(folder, bundle.model_copy(update={"checks": {**bundle.checks, selfcheck.NAME: samples}}))
+    cli = [sys.executable, "-m", "mpa_edge.cli"]
+    for device in ("cpu", "cuda"):
+        subprocess.run([*cli, "selfcheck", folder, "--device", device], check=True, timeout=AT_MOST)
+    told = [
+        subprocess.run(
+            [*cli, "ask", folder, pool[0], QUESTIONS[0], "--device", device],
+            check=True,
+            timeout=AT_MOST,
+            stdout=subprocess.PIPE,
+        ).stdout
+        for device in ("cpu", "cuda")
+    ]
+    assert told[0].strip()
+    assert told[0] == told[1]
