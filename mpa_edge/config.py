@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from mpa_edge.errors import InputError
 
+# Characters of a value that an error repeats.
+MOST_SHOWN = 200
 Match = Literal["official", "paper"]
 Select = Literal["parity", "all", "random", "disagree"]
 Target = Literal["short", "written"]
@@ -187,4 +189,6 @@ def _one_line(error: Any) -> str:
     flag = "--" + str(error["loc"][0]).replace("_", "-")
     if error["type"] == "missing":
         return f"{flag} is needed"
-    return f"{flag} {error['input']}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    given = str(error["input"])
+    given = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]} …"
+    return f"{flag} {given}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -286,6 +286,7 @@ def test_task_files(folder: Path, content: str) -> None:
 
 @fuzzed(60)
 @given(st.dictionaries(st.sampled_from(list(AlignConfig.model_fields)), json_of(["a"]), max_size=4))
+@example({"max_requests": ["a" * 3000]})
 def test_settings(values: dict[str, Any]) -> None:
     needed = {"images": "a", "teacher": "b", "student": "c", "task": "textvqa"}
     refused_in_one_line(lambda: AlignConfig(**needed | values), InputError)
