@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from mpa_edge.bundle import MANIFEST, read_bundle
 from mpa_edge.errors import ExportError, InputError, RunError, RunLocked, UnknownFamily
 from mpa_edge.export import quants
@@ -150,17 +149,20 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_one_ti
         "from mpa_edge.export.build import Options, export\n"
         "export(Path(sys.argv[1]), 'gguf', ['q8_0'], Path(sys.argv[2]), samples=2)\n"
     )
-    command = [sys.executable, "-c", code, str(tiny_one_tile), str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "verifying\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    left = list(tmp_path.iterdir())
+    out, log = tmp_path / "bundles", tmp_path / "log"
+    command = [sys.executable, "-c", code, str(tiny_one_tile), str(out)]
+    process, end = warm.start(command, log), time.monotonic() + 300
+    while "verifying\n" not in log.read_text(errors="replace"):
+        assert process.exitcode is None, log.read_text(errors="replace")
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    left = list(out.iterdir())
     assert left
-    assert not list(tmp_path.rglob(MANIFEST))
-    export(tiny_one_tile, "gguf", ["q8_0"], tmp_path, samples=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["gguf-q8_0"]
+    assert not list(out.rglob(MANIFEST))
+    export(tiny_one_tile, "gguf", ["q8_0"], out, samples=2)
+    assert [path.name for path in out.iterdir()] == ["gguf-q8_0"]
 
 
 def test_a_run_in_which_another_process_works_is_not_merged(run: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from mpa_edge.bundle import Bundle, File
 from mpa_edge.export.onnx_readme import onnx_commands
 from mpa_edge.export.to_onnx import to_onnx
@@ -47,7 +48,7 @@ def test_the_python_lines_give_the_runtimes_answer(
     text = onnx_commands(folder, bundle)
     picture(64, 64).save(folder / "photo.jpg")  # a size that nobody has to scale
     (code,) = blocks(text, "python")
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    done = warm.run([sys.executable, "-c", code], cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     with open_bundle(folder, bundle, threads=1) as vlm:
         assert done.stdout.strip() == vlm.ask(folder / "photo.jpg", "What does the sign say?").text != ""

@@ -22,29 +22,38 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def start(command: Sequence[str], env: Mapping[str, str] | None = None, log: Path | None = None) -> ForkServerProcess:
+def start(command: Sequence[str], log: Path) -> ForkServerProcess:
     """Run `[sys.executable, "-c", code, *arguments]` or `[sys.executable, "-m", module, *arguments]`, with stdout and
     stderr in `log`."""
-    process = _CONTEXT.Process(target=_become, args=(command[1:], dict(env or {}), log), daemon=True)
+    return _started(command, {}, Path.cwd(), log, log)
+
+
+def run(
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, **_: Any
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with its output captured as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = _started(command, env or {}, cwd or Path.cwd(), out, err)
+        process.join()
+        said = [path.read_text(errors="replace") for path in (out, err)]
+        return subprocess.CompletedProcess(command, process.exitcode or 0, *said)
+
+
+def _started(command: Sequence[str], env: Mapping[str, str], cwd: Path, out: Path, err: Path) -> ForkServerProcess:
+    for path in (out, err):
+        path.write_bytes(b"")
+    process = _CONTEXT.Process(target=_become, args=(command[1:], dict(env), cwd, out, err), daemon=True)
     process.start()
     return process
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` with its output captured; stdout and stderr come as one, as the latter."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        process = start(command, env, log)
-        process.join()
-        return subprocess.CompletedProcess(command, process.exitcode or 0, "", log.read_text(errors="replace"))
-
-
-def _become(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> None:
+def _become(command: Sequence[str], env: Mapping[str, str], cwd: Path, out: Path, err: Path) -> None:
     os.environ.update(env)
-    if log:
-        with log.open("wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+    os.chdir(cwd)
+    for number, path in ((1, out), (2, err)):
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), number)
     kind, what, *arguments = command
     sys.argv = [kind, *arguments]
     if kind == "-m":

@@ -44,7 +44,7 @@ def command(pair: Any, out: Path) -> list[str]:
 
 def kill_when(sign: Path, arguments: list[str], log: Path) -> None:
     """Start the command and kill it as soon as a file is there."""
-    process = warm.start(arguments, log=log)
+    process = warm.start(arguments, log)
     end = time.monotonic() + AT_MOST
     while not sign.exists():
         assert process.exitcode is None, log.read_text()
