@@ -21,7 +21,7 @@ class Watcher(Protocol):
 
 
 _watchers: list[Watcher] = []
-# Annotations that this process rejected in the run that goes on, by reason.
+# Annotations that this process rejected, by reason.
 rejected: Counter[str] = Counter()
 
 
@@ -29,11 +29,11 @@ rejected: Counter[str] = Counter()
 def watched(watcher: Watcher) -> Iterator[None]:
     """Tell a watcher what happens in the body."""
     _watchers.append(watcher)
+    rejected.clear()
     try:
         yield
     finally:
         _watchers.remove(watcher)
-        rejected.clear()
 
 
 def tell_progress(stage: str, done: int, of: int) -> None:

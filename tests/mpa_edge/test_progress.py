@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from mpa_edge import progress as module
@@ -12,6 +14,7 @@ def test_a_log_gets_a_line_with_count_rate_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
+    monkeypatch.setattr(module, "rejected", Counter())  # by what ran before in this process
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     with progress("ask", 1000) as advance:
         advance(400)  # found on disk: no time, and nobody's rate
