@@ -32,6 +32,9 @@ Progress = Callable[[int, int], object]
 MIN_EDGE = 8
 # Files that a thread of the pool is given at a time.
 SLICE = 64
+# Files of this size and less are decoded so fast that threads wait for each other most of the time: of 12x12 pictures
+# one thread checks 9,400 in a second and two 4,000, of 224x224 2,200 and 1,800, of 500x500 260 and 770.
+SMALL_BYTES = 8 << 10
 # A larger file is a mistake rather than a photo, and would be read into memory whole.
 MAX_BYTES = 256 << 20
 SUFFIXES = frozenset(
@@ -120,17 +123,19 @@ def _scan_files(
     """The checks of the files, some at a time: what waits in a pool takes more memory than what comes out."""
     done, count = 0, index.want(os.fsencode(name) for name in find_files(source))
     by_name = _chosen_by_name(source)
+    each: Callable[..., Iterator[list[Check | None]]] = pool.map
     for files in index.wanted():
         slices = [files[start : start + SLICE] for start in range(0, len(files), SLICE)]
         found: list[Check] = []
         try:
-            for checks in pool.map(lambda part: [_check(key, known, min_edge, by_name) for key, known in part], slices):
+            for checks in each(lambda part: [_check(key, known, min_edge, by_name) for key, known in part], slices):
                 found += (check for check in checks if check is not None)
                 done += len(checks)
                 if progress:
                     progress(done, count)
         finally:  # Ctrl-C too
             index.put(found)
+        each = map if sum(check.bytes for check in found) < SMALL_BYTES * len(found) else pool.map
 
 
 def _chosen_by_name(source: str | Path) -> bool:
