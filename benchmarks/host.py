@@ -20,6 +20,7 @@ PACKAGES = (
     "tokenizers",
     "llama-cpp-python",
     "onnxruntime",
+    "onnxruntime-gpu",
     "openvino",
     "torch",
     "transformers",
