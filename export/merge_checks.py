@@ -80,10 +80,7 @@ def check_files(folder: Path) -> dict[str, Any]:
     """Whether a model folder has all that a prompt needs: processor, tokenizer, chat template."""
     if not (folder / "tokenizer.json").is_file():
         raise ExportError(f"{folder} has no tokenizer.json")
-    try:
-        processor = read_processor(folder)
-    except Exception as error:  # transformers raises whatever it trips over
-        raise ExportError(f"{folder}: the processor cannot be loaded ({error})") from error
+    processor = read_processor(folder)
     if not hasattr(processor, "image_processor"):
         raise ExportError(
             f"{folder} has no image processor: preprocessor_config.json or processor_config.json is missing"

@@ -44,10 +44,8 @@ def run_questions(run: Path, task: Task | None, count: int) -> list[Question]:
         drawn = count
         while len(questions) < count and drawn <= max(count, MOST_DRAWN):
             cases = [case for case in _some_cases(parts, drawn) if case.id not in seen]
-            if not cases:
-                break
             seen.update(case.id for case in cases)
-            found = _asked(cases, folder, images if images.is_dir() else images.parent, task)
+            found = _asked(cases, folder, images if images.is_dir() else images.parent, task) if cases else iter(())
             questions += islice(found, count - len(questions))
             drawn *= 4
     except (OSError, RunError):

@@ -23,7 +23,7 @@ from mpa_edge.errors import ImageError, InputError
 from mpa_edge.parts import sweep
 from mpa_edge.records import Sample
 from mpa_edge.runtime.images import MAX_PIXELS, open_image
-from mpa_edge.scan_index import Check, ScanIndex, Skipped
+from mpa_edge.scan_index import UNREAD, Check, ScanIndex, Skipped
 from mpa_edge.tables import ROWS, Table, is_there, keep, name_of, open_table, picture_bytes
 
 Progress = Callable[[int, int], object]
@@ -214,7 +214,7 @@ def _check(key: bytes, known: tuple[int, int] | None, min_edge: int, by_name: bo
     except FileNotFoundError:
         return Check(key, name, reason="missing")
     except OSError as error:
-        return Check(key, name, reason="unreadable", detail=error.strerror or str(error))
+        return Check(key, name, mtime_ns=UNREAD, reason="unreadable", detail=error.strerror or str(error))
     except ImageError as error:
         return Check(key, name, *found, sha256, error.reason, error.detail)
     return Check(key, name, *found, sha256)

@@ -190,8 +190,12 @@ def _picture(names: Iterable[str], folder: Path) -> str:
     root = folder.resolve()
     for name in (names := tuple(names)):
         full = folder / name
-        if not full.resolve().is_relative_to(root):
+        try:
+            inside, there = full.resolve().is_relative_to(root), full.is_file()
+        except ValueError as error:  # a NUL, or half a surrogate pair
+            raise _Unusable("bad_row", f"{name!r} is no name of a file ({error})") from error
+        if not inside:
             raise _Unusable("outside_folder", f"{name} is not in {folder}; name the pictures' folder, or move it there")
-        if full.is_file():
+        if there:
             return os.fspath(full.absolute())
     raise _Unusable("missing_image", f"{names[0]} is not in {folder}")

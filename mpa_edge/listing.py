@@ -1,5 +1,5 @@
 """What lies where a run's pictures come from, by names, sizes and times: a resume that finds it as it was opens none of
-them, and takes seconds for a million."""
+those that it asks about, and takes seconds for a million."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from mpa_edge.config import AlignConfig
 from mpa_edge.datasets import MAX_BYTES, MIN_EDGE, find_files, table_named
 from mpa_edge.errors import ImageError
 from mpa_edge.labelled import pictures_in
-from mpa_edge.overlap import RULES
+from mpa_edge.overlap import RULES as OVERLAP_RULES
 from mpa_edge.runtime.images import MAX_PIXELS
 
 BATCH = 1024
+# Raise it when another picture would be used, or more be noted of them.
+RULES = 1
 
 
 def listing_of(config: AlignConfig) -> str:
     """Names the files that `--images` and `--test` name, and what is to be done with them. In the order in which the
     system lists them: where that changes, they are looked at once more than needed. Raises `InputError` where there are
     none to be listed."""
-    settings = (config.images, config.limit, config.test, config.keep_shared, MIN_EDGE, MAX_PIXELS, MAX_BYTES, RULES)
-    return _digest(chain([repr(settings).encode()], _pool(config.images), _test(config.test) if config.test else ()))
+    rules = (RULES, OVERLAP_RULES, MIN_EDGE, MAX_PIXELS, MAX_BYTES)
+    settings = (config.images, config.limit, config.test, config.keep_shared, *rules)
+    test = _test(config.test) if config.test else ()
+    return _digest(chain([repr(settings).encode()], _pool(config.images), [b"\0test\0"], test))
 
 
 def stored_in(store: Path) -> str:
@@ -49,9 +53,9 @@ def _pool(source: str) -> Iterator[bytes]:
 def _test(source: str) -> Iterator[bytes]:
     for name, picture in pictures_in(source):
         if isinstance(picture, bytes):
-            yield os.fsencode(name) + hashlib.sha256(picture).digest()
+            yield _named(name) + hashlib.sha256(picture).digest()
         elif isinstance(picture, ImageError):
-            yield os.fsencode(name) + b"\0" + str(picture).encode(errors="replace")
+            yield _named(name) + str(picture).encode(errors="replace")
         else:
             yield _line(os.fspath(picture))
 
@@ -60,5 +64,9 @@ def _line(path: str) -> bytes:
     try:
         status = os.stat(path)  # noqa: PTH116 (a million)
     except (OSError, ValueError):  # a NUL in the name
-        return os.fsencode(path) + b"\0-\0"
-    return os.fsencode(path) + b"\0%d %d\0" % (status.st_size, status.st_mtime_ns)
+        return _named(path) + b"-\0"
+    return _named(path) + b"%d %d\0" % (status.st_size, status.st_mtime_ns)
+
+
+def _named(path: str) -> bytes:
+    return path.encode(errors="surrogatepass") + b"\0"

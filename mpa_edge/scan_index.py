@@ -25,6 +25,8 @@ BATCH = 1024
 # Pages that SQLite keeps in memory, of either of its files; they, and not the rows, are what a large scan takes.
 CACHE_KB = 512
 PATIENCE_SECONDS = 60.0
+# The time of a file that the system did not give; no file has it.
+UNREAD = -1
 # `finished` counts the checks of a scan that came to its end.
 _TABLES = """
 CREATE TABLE IF NOT EXISTS rules (content TEXT, finished INTEGER);
@@ -206,6 +208,11 @@ class ScanIndex:
             (self._last(),),
         )
         return (Skipped(*row) for row in rows)
+
+    @property
+    def unread(self) -> bool:
+        """Whether there are files that the system did not give: a later scan tries them again."""
+        return self._one(f"SELECT count(*) FROM checks WHERE mtime_ns = {UNREAD}") > 0
 
     def stored(self) -> Iterator[tuple[str, int]]:
         """The files in a table's store, with their sizes."""

@@ -47,13 +47,15 @@ RULES = 1
 @dataclass(frozen=True)
 class Scanned:
     """What the scan found: `skipped` counts by reason, `shared` those that `--test` has too (None without one), and
-    `digest` names the pictures by their contents. `test_pictures`: how many of `--test` were looked at, of all."""
+    `digest` names the pictures by their contents. `test_pictures`: how many of `--test` were looked at, of all.
+    `again`: there are files that the system did not give this time."""
 
     pictures: int
     skipped: dict[str, int]
     shared: int | None
     digest: str
     test_pictures: tuple[int, int] | None = None
+    again: bool = False
 
     def __post_init__(self) -> None:
         if self.test_pictures:
@@ -131,7 +133,8 @@ class TrainingSetMaker:
         self._log = RunLog(run.path / RUN, **self._content)
         with self._log.stage("samples") as facts:
             files, stored = (run.samples, run.skipped), lambda: stored_in(run.images)
-            found = remembered(note, listing_of(config), lambda: asdict(self._scan()), *files, others=stored)
+            key, settled = listing_of(config), lambda found: not found["again"]
+            found = remembered(note, key, lambda: asdict(self._scan()), *files, others=stored, keep=settled)
             self._scanned = scanned = Scanned(**found)
             move_rounds(run, config.rounds)
             facts |= {"used": scanned.pictures, "skipped": scanned.skipped}
@@ -156,7 +159,8 @@ class TrainingSetMaker:
         write_rows(self._run.skipped, pictures.skipped())
         looked_at = (pictures.overlap.looked_at, pictures.overlap.pictures) if pictures.overlap else None
         skipped = count_by(item.reason for item in pictures.skipped())
-        return Scanned(pictures.count, skipped, pictures.shared, pictures.digest, looked_at)
+        again = pictures.index.unread or (looked_at is not None and looked_at[0] < looked_at[1])
+        return Scanned(pictures.count, skipped, pictures.shared, pictures.digest, looked_at, again)
 
     # --- asking ------------------------------------------------------------------------------------------------------
 

@@ -141,8 +141,10 @@ def made_once(
     def graphs_of(model: Path) -> Path:
         with FileLock(root / f"{model.name}.lock"):
             gc.freeze()  # what tests hold by now is not walked through at each of an export's collections of garbage
-            graphs_once(model, root / model.name, export_graphs)
-            gc.unfreeze()
+            try:
+                graphs_once(model, root / model.name, export_graphs)
+            finally:
+                gc.unfreeze()
         return root / model.name
 
     return graphs_of

@@ -68,6 +68,13 @@ def test_a_short_part_leaves_no_question_out(tmp_path: Path) -> None:
     assert len({question.prompt for question in run_questions(run, None, 8)}) == 8
 
 
+def test_empty_parts_at_the_beginning_leave_no_question_out(tmp_path: Path) -> None:
+    run = put_run(tmp_path, 7, 9)
+    for part in range(4):
+        (run / "cases" / f"part-{part:05d}.jsonl").write_text("")
+    assert len({question.prompt for question in run_questions(run, None, 4)}) == 4
+
+
 def test_of_pictures_that_are_all_gone_no_more_are_looked_for_than_memory_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 _CONTEXT = get_context("forkserver")
 # What is not installed is passed over.
 _CONTEXT.set_forkserver_preload(
@@ -31,7 +33,8 @@ def start(command: Sequence[str], log: Path) -> ForkServerProcess:
 def run(
     command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, **_: Any
 ) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` with its output captured as text."""
+    """As `subprocess.run` with its output captured as text; `env` is laid over the environment as it was when the first
+    of these processes began, and what a library reads of it at its import, it has read."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = _started(command, env or {}, cwd or Path.cwd(), out, err)
@@ -44,7 +47,9 @@ def _started(command: Sequence[str], env: Mapping[str, str], cwd: Path, out: Pat
     for path in (out, err):
         path.write_bytes(b"")
     process = _CONTEXT.Process(target=_become, args=(command[1:], dict(env), cwd, out, err), daemon=True)
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")  # the server imports what reads it
+        process.start()
     return process
 
 

@@ -83,6 +83,8 @@ def test_bad_rows_are_left_out_with_line_and_reason(tmp_path: Path) -> None:
         {**good, "id": 9, "question": None},
         {**good, "id": [10]},
         "[]",
+        json.dumps({**good, "id": 11, "image": "\ud83d.png"}),  # half a surrogate pair
+        {**good, "id": 12, "image": "a\0.png"},
     ]
     questions = read_questions(write(tmp_path / "set" / "test.jsonl", rows))
     assert [question.id for question in questions] == ["1"]
@@ -100,6 +102,8 @@ def test_bad_rows_are_left_out_with_line_and_reason(tmp_path: Path) -> None:
         ("13", "bad_row"),
         ("14", "bad_row"),
         ("15", "bad_row"),
+        ("16", "bad_row"),
+        ("17", "bad_row"),
     ]
     assert questions.skipped[0].detail == "no 'image'"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from mpa_edge import training_set
+from mpa_edge import datasets, training_set
 from mpa_edge.config import AlignConfig
 from mpa_edge.fake import FakeVlm
 from mpa_edge.run_folder import RunFolder
@@ -100,6 +102,55 @@ def test_a_test_that_changed_is_looked_at_again(photos: Path, looks: list[int], 
     photo(test.with_name("t.png"), 1)
     again = scan(photos, test=str(test))
     assert (again.shared, again.pictures, looks) == (1, 2, [1, 1])
+
+
+def test_a_picture_that_moves_from_the_pool_to_the_test_is_missed_in_the_pool(photos: Path, tmp_path: Path) -> None:
+    names = [str(photos / f"{red}.png") for red in range(3)]
+    pool, test = tmp_path / "pool.txt", tmp_path / "test.jsonl"
+
+    def cut(count: int) -> Scanned:
+        pool.write_text("\n".join(names[:count]))
+        rows = [{"image": f"photos/{Path(name).name}", "question": "?", "answers": ["x"]} for name in names[count:]]
+        test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return scan(pool, test=str(test))
+
+    assert [cut(2).pictures, cut(1).pictures] == [2, 1]
+
+
+def test_a_file_that_the_system_did_not_give_is_tried_again(
+    photos: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "_read", fails_for("1.png", datasets._read))
+        assert (scan(photos).skipped, scan(photos).skipped) == ({"unreadable": 1}, {"unreadable": 1})
+    assert (scan(photos).pictures, scan(photos).pictures, looks) == (3, 3, [1, 1, 1])
+
+
+def test_a_picture_of_the_test_that_the_system_did_not_give_is_tried_again(
+    photos: Path, looks: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = tmp_path / "test" / "test.jsonl"
+    for red in (1, 200):
+        photo(test.with_name(f"{red}.png"), red)
+    rows = [{"image": f"{red}.png", "question": "?", "answers": ["x"]} for red in (1, 200)]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails_for("test/1.png", Path.read_bytes))
+        for _ in range(2):
+            assert scan(photos, test=str(test)).test_pictures == (1, 2)
+            assert "only 1 of its 2 pictures" in capsys.readouterr().err
+    again = [scan(photos, test=str(test)) for _ in range(2)]
+    assert ([found.shared for found in again], [found.pictures for found in again]) == ([1, 1], [2, 2])
+    assert looks == [1, 1, 1]
+
+
+def fails_for(name: str, read: Callable[..., bytes]) -> Callable[..., bytes]:
+    def reads(path: Path, *arguments: object) -> bytes:
+        if str(path).endswith(name):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, *arguments)
+
+    return reads
 
 
 def test_a_tables_pictures_that_went_missing_are_written_again(photos: Path, looks: list[int], tmp_path: Path) -> None:
