@@ -222,12 +222,16 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer with no added token, special or not: everything is text to it."""
+    """The same tokenizer with no added token, special or not: everything is text to it. `BundleError` where that is
+    none."""
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = []
     # A post-processor may name special tokens that are gone now; nothing is added to a piece of text anyway.
     state["post_processor"] = None
-    return Tokenizer.from_str(json.dumps(state))
+    try:
+        return Tokenizer.from_str(json.dumps(state))
+    except Exception as error:  # the Rust side raises plain Exception, here where the file has a token twice
+        raise BundleError(f"the tokenizer cannot do without its added tokens: {one_line(str(error))}") from error
 
 
 def id_of(tokenizer: Tokenizer, token: str) -> int:

@@ -16,7 +16,7 @@ def sampled(rows: Iterable[Shown]) -> tuple[list[Shown], int]:
     sampler = Sampler(100)
     for row in rows:
         sampler.add(row)
-    return sampler.picked(), sum(isinstance(thing, Shown) for thing in gc.get_objects())
+    return sampler.picked(), sum(type(thing) is Shown for thing in gc.get_objects())
 
 
 def test_cards_are_spread_over_verdicts_and_reasons() -> None:

@@ -238,9 +238,9 @@ def test_training_stops_early_and_keeps_the_best(
     student: TransformersVlm, examples: list[Example], tmp_path: Path, tiny_one_tile: Path
 ) -> None:
     """A learning rate that destroys the model: nothing is better than the student as it was."""
-    settings = config(tiny_one_tile, learning_rate=0.9, epochs=9, patience=2)
+    settings = config(tiny_one_tile, learning_rate=0.9, epochs=29, patience=2)
     metrics = level(student, examples, tmp_path, settings)
-    assert len(metrics["history"]) < 10
+    assert len(metrics["history"]) < 30
     assert metrics["best"] == metrics["history"][metrics["best_epoch"]]
     if metrics["best_epoch"] == 0:
         from safetensors.torch import load_file
