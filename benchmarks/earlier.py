@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import BaseModel, FiniteFloat, NonNegativeFloat, ValidationError
 
 from mpa_edge.errors import InputError
-
-Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Strict(BaseModel, strict=True):

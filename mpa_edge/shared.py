@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpa_edge.records import write_rows
-
-CACHE_KB = 512
+from mpa_edge.scan_index import CACHE_KB
 
 
 class Shared(Mapping[str, str]):

@@ -66,12 +66,12 @@ def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)) | st.just(len(content)))])
 
 
-def places_of(tree: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The keys that lead to each value of a JSON tree, and none to the tree itself."""
+def places_of(tree: Any, place: tuple[Any, ...] = (), *, most: int | None = None) -> Iterator[tuple[Any, ...]]:
+    """The keys that lead to each value of a JSON tree, of lists to the first `most`; none lead to the tree itself."""
     yield place
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree[:most]) if isinstance(tree, list) else ()
     for key, value in items:
-        yield from places_of(value, (*place, key))
+        yield from places_of(value, (*place, key), most=most)
 
 
 ODD = st.sampled_from([[], {}, "", 0, -1, 1e308, 10**30])

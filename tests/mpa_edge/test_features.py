@@ -88,7 +88,7 @@ def test_a_picture_is_encoded_once_for_all_its_questions(vlm: TransformersVlm, p
 
 
 def rows_of(features: Any) -> torch.Tensor:
-    """All pictures' features, shape (tokens, width): transformers before 5.23 gives Idefics3's by tile."""
+    """All pictures' features, shape (tokens, width): transformers before 5.21 gives Idefics3's by tile."""
     return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in features])
 
 
