@@ -1,4 +1,4 @@
-# Two commands do all the set-up on a machine with Python >= 3.10 and a C++ compiler:
+# Two commands do all the set-up on a machine with Python >= 3.11 and a C++ compiler:
 #   make demo    the whole road on the reference pair; leaves runs/demo/report/report.html
 #   make test    the tests
 # Both make the environment in .venv first (once; llama.cpp is compiled then, which takes some minutes).
@@ -39,7 +39,7 @@ types: env
 env: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, set PYTHON=") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, set PYTHON=") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"

@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 from mpa_edge.runtime import ENGINES, available_cores
@@ -51,7 +50,7 @@ def look_around() -> Machine:
         memory_mb=_memory_mb(),
         board=_board(BOARD),
         power_mode=power_mode(),
-        engines={name: _version(library, package) for name, (_, library, package, _) in ENGINES.items()},
+        engines={name: _version(library) for name, (_, library, _, _) in ENGINES.items()},
         providers=_providers(),
         llama_offloads=_llama_offloads(),
     )
@@ -104,16 +103,13 @@ def _reach(engine: str, machine: Machine) -> str:
     return f"providers {', '.join(machine.providers)}"
 
 
-def _version(library: str, package: str) -> str | None:
-    """The version of an engine that can be imported. A GPU build of ONNX Runtime has another name on PyPI."""
+def _version(library: str) -> str | None:
+    """The version of an engine that can be imported, as the module says: of several builds on a machine, the loaded one."""
     try:
         module = importlib.import_module(library)
     except (ImportError, OSError):
         return None
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", "unknown version"))
+    return str(getattr(module, "__version__", "unknown version"))
 
 
 def _providers() -> tuple[str, ...]:

@@ -14,5 +14,5 @@ sys.modules.setdefault("openvino_telemetry", cast("Any", None))
 import openvino as ov  # noqa: E402
 from openvino import opset13  # noqa: E402
 
-__version__ = str(ov.__version__)
+__version__ = str(ov.__version__).split("-")[0]
 __all__ = ["opset13", "ov"]
