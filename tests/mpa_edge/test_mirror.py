@@ -315,23 +315,42 @@ def test_a_place_that_cannot_be_is_refused(url: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_bucket(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that speaks S3, in a process of its own."""
-    for package in ("moto.server", "s3fs"):
-        pytest.importorskip(package, reason='needs a bucket: pip install s3fs "moto[server]"')
-    code = "from moto.server import ThreadedMotoServer as Server; import time\n"
-    code += "server = Server(ip_address='127.0.0.1', port=0, verbose=False)\n"
-    code += "server.start(); print(server.get_host_and_port()[1], flush=True); time.sleep(600)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=-3, text=True) as server:
+S3 = """
+from moto.server import ThreadedMotoServer as Server
+server = Server(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+"""
+GS = """
+from gcp_storage_emulator.server import create_server
+server = create_server("127.0.0.1", 0, in_memory=True)
+server.start()
+print(server._api._httpd.server_port, flush=True)
+"""
+# Scheme -> what must be installed, a server that speaks it, and where its client looks for the address.
+BUCKETS = {
+    "s3": (("s3fs", "moto.server"), S3, "AWS_ENDPOINT_URL"),
+    "gs": (("gcsfs", "gcp_storage_emulator.server"), GS, "STORAGE_EMULATOR_HOST"),
+}
+
+
+@pytest.mark.parametrize("scheme", BUCKETS)
+def test_a_bucket(scheme: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that speaks S3 or Google's protocol, in a process of its own."""
+    packages, code, address = BUCKETS[scheme]
+    for package in packages:
+        pytest.importorskip(package, reason='pip install s3fs "moto[server]" gcsfs gcp-storage-emulator')
+    command = [sys.executable, "-c", f"{code}\nimport time\ntime.sleep(600)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=-3, text=True) as server:
         assert server.stdout is not None
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.stdout.readline().strip()}")
+        monkeypatch.setenv(address, f"http://127.0.0.1:{server.stdout.readline().strip()}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
         try:
-            fsspec.filesystem("s3").mkdir("photos")
-            make(photos, tmp_path / "a", "s3://photos/run")
-            assert far("s3://photos/run") == parts(tmp_path / "a")
-            assert make(photos, tmp_path / "b", "s3://photos/run").asked == 0
+            fsspec.filesystem(scheme).mkdir("photos")
+            make(photos, tmp_path / "a", f"{scheme}://photos/run")
+            assert far(f"{scheme}://photos/run") == parts(tmp_path / "a")
+            assert make(photos, tmp_path / "b", f"{scheme}://photos/run").asked == 0
             assert parts(tmp_path / "b") == parts(tmp_path / "a")
         finally:
             server.kill()
