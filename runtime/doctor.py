@@ -104,7 +104,7 @@ def _reach(engine: str, machine: Machine) -> str:
 
 
 def _version(library: str) -> str | None:
-    """The version of an engine that can be imported, as the module says: of several builds on a machine, the loaded one."""
+    """The version of an engine that can be imported, as the module says: of several builds, the one that is loaded."""
     try:
         module = importlib.import_module(library)
     except (ImportError, OSError):
