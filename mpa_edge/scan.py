@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mpa_edge.config import AlignConfig
-from mpa_edge.datasets import scan
+from mpa_edge.datasets import scan, table_named
 from mpa_edge.disk import disk_trouble
 from mpa_edge.errors import InputError, RunError
 from mpa_edge.overlap import Overlap, find_shared
@@ -76,6 +76,8 @@ def find_pictures(config: AlignConfig, run: RunFolder) -> Iterator[Pictures]:
     an earlier scan kept is damaged.
     """
     wanted, cache = config.limit, run.path / SCANNED
+    if config.fresh and table_named(config.images):  # pictures that its rows name by a path may be others
+        cache.unlink(missing_ok=True)
     try:
         while wanted != 0:
             with counting("scan") as tell:

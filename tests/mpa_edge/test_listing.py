@@ -163,6 +163,15 @@ def test_a_tables_pictures_that_went_missing_are_written_again(photos: Path, loo
     assert len(list((tmp_path / "run" / "images").iterdir())) == 3
 
 
+def test_fresh_sees_a_picture_that_took_the_place_of_one_that_a_table_names(photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "photos.parquet"
+    rows = [{"image": f"photos/{path.name}"} for path in sorted(photos.iterdir())]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    before = scan(table)
+    photo(photos / "1.png", 9)
+    assert scan(table, fresh=True).digest != before.digest
+
+
 def test_a_note_of_which_a_byte_flipped_counts_for_nothing(photos: Path, looks: list[int]) -> None:
     scan(photos)
     note = photos.with_name("run") / ".samples.json"
