@@ -25,7 +25,7 @@ test-oldest:
 		--output-file $(OLDEST)/oldest.txt pyproject.toml
 	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --requirement $(OLDEST)/oldest.txt
 	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --no-deps --editable .
-	$(OLDEST)/bin/python -m pytest $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .
