@@ -90,9 +90,9 @@ class Program:
 
 
 def steady(path: Path) -> str:
-    """A file's content without times."""
+    """A file's content without times, and without the --fresh that a cure may be."""
     if path.name in ("run.json", "bundle.json"):
-        return json.dumps(_without_times(json.loads(path.read_text(encoding="utf-8"))))
+        return json.dumps(_steady(json.loads(path.read_text(encoding="utf-8"))))
     if path.name == "raw.jsonl":
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         kept = ("variant", "part", "id", "question", "score", "key", "text", "n_tokens", "finish_reason", "error")
@@ -106,10 +106,10 @@ def steady(path: Path) -> str:
     return path.read_bytes().hex()
 
 
-def _without_times(value: Any) -> Any:
+def _steady(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_times(item) for key, item in value.items() if not re.search(r"seconds|_ms$|created", key)}
-    return [_without_times(item) for item in value] if isinstance(value, list) else value
+        return {key: _steady(item) for key, item in value.items() if not re.search(r"seconds|_ms$|created|^fresh$", key)}
+    return [_steady(item) for item in value] if isinstance(value, list) else value
 
 
 def write_inputs(place: Place) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mpa_edge.errors import AGAIN, FingerprintMismatch, InputError, RunError
-from mpa_edge.parts import DIGEST, STAGE, compare_fingerprints, is_damaged
+from mpa_edge.parts import DIGEST, STAGE, compare_fingerprints, is_damaged, stage_in
 from mpa_edge.progress import say
 from mpa_edge.records import write_atomic
 
@@ -128,8 +128,8 @@ class Mirror:
         if STAGE not in self._there[stage]:
             raise self._refusal(stage, f"lacks its {STAGE}: nobody knows how it was made")
         try:
-            compare_fingerprints(Path(stage), json.loads(self._read(stage, STAGE))["fingerprint"], now)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            compare_fingerprints(Path(stage), stage_in(self._read(stage, STAGE))["fingerprint"], now)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise self._refusal(stage, f"cannot be used: {STAGE} is damaged ({error})") from error
         except FingerprintMismatch as error:
             pairs = sorted(error.differences.items())

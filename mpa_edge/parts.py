@@ -143,7 +143,8 @@ def open_stage(folder: Path, fingerprint: Mapping[str, Any], *, parts: int = 0) 
     elif any(folder.glob("part-*.jsonl")):
         raise RunError(f"{folder} holds parts without {STAGE}: nobody knows how they were made. Use --fresh.")
     else:
-        write_atomic(folder / STAGE, json.dumps({"fingerprint": now, "parts": parts}, indent=2, sort_keys=True) + "\n")
+        stage = {"fingerprint": now, "parts": parts}
+        write_atomic(folder / STAGE, json.dumps(stage | {"sum": _sum(stage)}, indent=2, sort_keys=True) + "\n")
 
 
 def drop_stage(folder: Path) -> None:
@@ -189,13 +190,26 @@ def asked_about(folder: Path) -> str | None:
 def _read_stage(folder: Path) -> dict[str, Any]:
     path = folder / STAGE
     try:
-        stage: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"fingerprint": dict(stage["fingerprint"]), "parts": int(stage["parts"])}
+        return stage_in(path.read_bytes())
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read ({error}). Delete {folder}, and type the same command again: it makes this stage "
             "anew."
         ) from error
+
+
+def stage_in(content: bytes) -> dict[str, Any]:
+    """`fingerprint` and `parts` as a `stage.json` has them. Raises what reading JSON does, `KeyError` and `TypeError`
+    for other content, and `ValueError` where its sum tells that it is damaged; one of an older version has none."""
+    noted = json.loads(content)
+    stage = {"fingerprint": dict(noted["fingerprint"]), "parts": int(noted["parts"])}
+    if noted.get("sum", _sum(stage)) != _sum(stage):
+        raise ValueError("it is not as it was written")
+    return stage
+
+
+def _sum(stage: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(stage, sort_keys=True).encode()).hexdigest()
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

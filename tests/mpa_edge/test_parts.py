@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -186,6 +187,22 @@ def test_parts_of_unknown_origin_are_refused(tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
         fill(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"prompt": "p"}, {"prompt": "q"}])
+def test_settings_in_which_a_bit_flipped_are_damage_and_not_other_settings(
+    tmp_path: Path, settings: dict[str, str]
+) -> None:
+    fill(tmp_path, {"prompt": "p"})
+    note = tmp_path / "stage.json"
+    whole = note.read_text()
+    note.write_text(whole.replace('"prompt": "p"', '"prompt": "q"'))
+    with pytest.raises(RunError, match=r"stage\.json cannot be read .*Delete "):
+        fill(tmp_path, settings)
+    older = json.loads(whole)
+    del older["sum"]
+    note.write_text(json.dumps(older))
+    fill(tmp_path, {"prompt": "p"})
 
 
 def test_no_rows_give_no_parts(tmp_path: Path) -> None:
