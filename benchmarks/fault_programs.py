@@ -33,6 +33,8 @@ QUESTIONS = 12
 # A server that does not answer in time costs so many seconds, and a request is tried so often.
 TIMEOUT, RETRIES = 3.0, 3
 CHUNK = ("--chunk-size", "2")
+# What of a JSON file may differ from one time to the next.
+UNSTEADY = re.compile(r"seconds|_ms$|created|^fresh$")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def steady(path: Path) -> str:
 
 def _steady(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _steady(item) for key, item in value.items() if not re.search(r"seconds|_ms$|created|^fresh$", key)}
+        return {key: _steady(item) for key, item in value.items() if not UNSTEADY.search(key)}
     return [_steady(item) for item in value] if isinstance(value, list) else value
 
 
