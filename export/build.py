@@ -7,7 +7,7 @@ like a bundle, and an older bundle stays until the new one is whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mpa_edge.export.road import Asked, Road, missing_full_precision, read_asked
 from mpa_edge.export.samples import run_questions, synthetic_questions
 from mpa_edge.export.steps import Steps
 from mpa_edge.export.workshop import Workshop
+from mpa_edge.lock import kept
 from mpa_edge.run_folder import RUN
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.selfcheck import MADE_WITH, SHAPING
@@ -85,7 +86,7 @@ def export(
         merged = open_source(Path(source), out, steps)
         family_of(read_config(merged.folder))
         road = Road(merged, asked) if asked else None
-        with Workshop(merged.root) as workshop:
+        with kept(merged.run) if merged.run else nullcontext(), Workshop(merged.root) as workshop:
             if format == "hf":
                 return [_hf_folder(merged, road, workshop, samples, options, steps)]
             return _bundles(_Job(merged, format, options), wanted, road, workshop, samples, steps)

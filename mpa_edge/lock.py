@@ -36,12 +36,27 @@ def locked(folder: Path, flag: str | None) -> Iterator[None]:
         yield
 
 
-def _taken(file: IO[str]) -> bool:
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """Keep a folder as it is while it is read, by several processes perhaps: whoever would be alone in it (`locked`) is
+    refused meanwhile. Raises `RunLocked` where somebody is."""
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError:  # somebody else's run, which may be read only
+        yield
+        return
+    with file:
+        if not _taken(file, fcntl.LOCK_SH):
+            raise RunLocked(folder, None)
+        yield
+
+
+def _taken(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
     """Try it more than once: who looks whether a folder is locked (`mpa-edge status`) holds the lock for an instant."""
     for pause in (0.0, 0.05, 0.1):
         time.sleep(pause)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
         return True

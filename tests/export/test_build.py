@@ -19,6 +19,7 @@ from mpa_edge.errors import ExportError, InputError, RunError, RunLocked, Unknow
 from mpa_edge.export import quants
 from mpa_edge.export.build import Options, export
 from mpa_edge.export.samples import run_questions
+from mpa_edge.lock import kept
 from mpa_edge.records import Case, Sample, write_rows
 from mpa_edge.run_folder import RunFolder
 from mpa_edge.runtime import load
@@ -170,6 +171,24 @@ def test_a_run_in_which_another_process_works_is_not_merged(run: Path, tmp_path:
     with RunFolder(other).lock(), pytest.raises(RunLocked, match="in use by another mpa-edge process"):
         export(other, "gguf", ["q8_0"], tmp_path / "out", samples=2)
     assert not (other / "merged").exists()
+
+
+def test_nobody_starts_a_run_over_while_it_is_exported(run: Path, bundles: list[Path], tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    def align(step: str) -> None:
+        if not re.match(r"verify .* …", step):
+            return
+        tried.append(step)
+        with pytest.raises(RunLocked, match="in use by another mpa-edge process"), RunFolder(run).lock():
+            pass
+        with kept(run):  # another export
+            pass
+
+    export(run, "gguf", ["q8_0"], tmp_path / "out", samples=2, progress=align)
+    assert tried
+    with RunFolder(run).lock(), pytest.raises(RunLocked), kept(run):
+        pass
 
 
 @pytest.mark.parametrize(("format", "quant"), [("gguf", "int8"), ("onnx", "q8_0"), ("gguf", " ")])
