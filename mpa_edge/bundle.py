@@ -267,6 +267,8 @@ def read_bundle(folder: Path, *, check_digests: bool = False) -> Bundle:
     Raises `BundleError`, one line with the file and the reason.
     """
     path = folder / MANIFEST
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise BundleError(f"{folder} is no bundle: {MANIFEST} is no file")
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)

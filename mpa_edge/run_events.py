@@ -24,6 +24,7 @@ from typing import Any
 
 from mpa_edge import __version__
 from mpa_edge.errors import InputError, MpaEdgeError
+from mpa_edge.passwords import without_passwords
 from mpa_edge.records import write_atomic
 from mpa_edge.watching import rejected, watched
 
@@ -41,8 +42,8 @@ def recorded(folder: Path, metrics: Path | None = None) -> Iterator[None]:
     """Record what the body does in a run's folder. A log that cannot be written ends no run, since a full disk ends it
     by itself; a metrics file that cannot be written is an `InputError` before the body begins."""
     events = Events(folder / LOG, metrics)
-    events.began()
     try:
+        events.began()
         with watched(events):
             yield
     except KeyboardInterrupt:
@@ -71,8 +72,10 @@ class Events:
         if self._metrics:
             try:
                 write_atomic(self._metrics, self._text())
-            except OSError as error:
-                raise InputError(f"--metrics-file {self._metrics}: cannot be written ({error.strerror})") from error
+            except (OSError, ValueError) as error:  # an empty name
+                path, self._metrics = self._metrics, None
+                reason = getattr(error, "strerror", None) or "it names no file"
+                raise InputError(f"--metrics-file {path}: cannot be written ({reason})") from error
 
     def ended(self, outcome: str, error: BaseException | None = None) -> None:
         """The run is over, by itself or because of an error. A bug's own words stay out of the log: nobody knows what
@@ -162,10 +165,10 @@ class _Stage:
 
 
 def without_secrets(text: str) -> str:
-    """A text without the values of the environment variables that hold keys."""
+    """A text without the values of the environment variables that hold keys, and without passwords in addresses."""
     for value in (os.environ.get(name, "").strip() for name in SECRETS):
         text = text.replace(value, "***") if len(value) >= 4 else text
-    return text
+    return without_passwords(text)
 
 
 def _is_count(value: Any) -> bool:

@@ -19,6 +19,7 @@ from mpa_edge.lock import LOCK
 from mpa_edge.parts import STAGE
 from mpa_edge.run_events import LOG
 from mpa_edge.run_folder import RUN, known_run
+from mpa_edge.terminal import in_one_line
 
 # What is looked at of a log: hours of a run.
 TAIL_BYTES = 256 << 10
@@ -77,8 +78,9 @@ class Status:
     ended: dict[str, Any] | None = None
 
     def to_json(self) -> str:
-        """For machines."""
-        return json.dumps(asdict(self) | {"run": os.fspath(self.run)}, indent=2, ensure_ascii=False)
+        """For machines: in ASCII, and null for infinity, since a damaged file may hold what JSON does not."""
+        whole = json.dumps(asdict(self) | {"run": os.fspath(self.run)})
+        return json.dumps(json.loads(whole, parse_constant=lambda _: None), indent=2)
 
     def summary(self) -> str:
         """In some lines, for people."""
@@ -91,7 +93,7 @@ class Status:
         if self.last_error:
             says = self.last_error.get("message") or "see the traceback where it was started"
             lines.append(f"last error   {self.last_error['time']} {self.last_error['error']}: {says}")
-        return "\n".join(lines)
+        return "\n".join(map(in_one_line, lines))  # names and messages may hold line feeds, which would forge others
 
     def _state(self) -> str:
         if not self.running:
@@ -170,7 +172,7 @@ def _tail(log: Path) -> Iterator[dict[str, Any]]:
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))
-            lines = file.read().split(b"\n")
+            lines = file.read(TAIL_BYTES).split(b"\n")
     except OSError:
         return
     for line in lines:

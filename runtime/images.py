@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import os
+import stat
 import threading
 from contextlib import nullcontext
 from typing import IO, TypeAlias, cast
@@ -84,7 +85,11 @@ def _undecoded(source: Source) -> Image.Image:
         file: IO[bytes] | str | os.PathLike[str] = io.BytesIO(source)
     elif _is_data_url(source):
         file = io.BytesIO(_data_of(str(source)))
-    elif isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
+    elif isinstance(source, (str, os.PathLike)):
+        if not stat.S_ISREG(os.stat(source).st_mode):  # noqa: PTH116 (a pipe would be waited for without end)
+            raise ValueError("not a regular file")
+        file = source
+    elif hasattr(source, "read"):
         file = source
     else:
         kind = type(source).__name__

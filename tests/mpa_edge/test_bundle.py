@@ -285,7 +285,10 @@ def test_a_folder_without_a_readable_manifest_is_refused(folder: Path) -> None:
     (folder / MANIFEST).unlink()
     refused(folder, "is no bundle: bundle.json cannot be read")
     (folder / MANIFEST).mkdir()
-    refused(folder, "is no bundle: bundle.json cannot be read")
+    refused(folder, "is no bundle: bundle.json is no file")
+    (folder / MANIFEST).rmdir()
+    os.mkfifo(folder / MANIFEST)  # reading one would wait for ever
+    refused(folder, "is no bundle: bundle.json is no file")
     refused(folder / "nowhere", "is no bundle")
     refused(folder / "sub" / "mmproj.file", "is no bundle")
 

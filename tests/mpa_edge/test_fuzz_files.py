@@ -102,13 +102,14 @@ LINES = [
 @fuzzed(60)
 @given(written(RUN_JSON), written(STAGE), st.lists(st.sampled_from(LINES).flatmap(written), max_size=4), st.booleans())
 @example(NESTED.encode(), NESTED.encode(), [NESTED.encode()], True)
+@example(rb'{"stages": {"\ud800": {"seconds": Infinity, "rows": 1e999}}}', b"", [], False)
 def test_the_status_of_a_run(folder: Path, run: bytes, stage: bytes, lines: list[bytes], running: bool) -> None:
     (folder / "annotations").mkdir(exist_ok=True)
     (folder / RUN).write_bytes(run)
     (folder / LOG).write_bytes(b"\n".join(lines))
     (folder / "annotations" / "stage.json").write_bytes(stage)
     status = replace(status_of(folder), running=running)
-    assert json.loads(status.to_json())
+    assert json.loads(status.to_json().encode(), parse_constant=pytest.fail)
     shown(status.summary()).encode()  # can be written on a terminal
 
 

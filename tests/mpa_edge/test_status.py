@@ -175,3 +175,15 @@ def test_a_metrics_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path
     with refused, recorded(tmp_path, tmp_path / "file" / "x.prom"):
         raise AssertionError
     assert not is_locked(tmp_path)
+    assert "last error" in status_of(tmp_path).summary()
+    with pytest.raises(InputError, match=r"--metrics-file \.: cannot be written"), recorded(tmp_path, Path()):
+        raise AssertionError
+
+
+def test_no_message_forges_a_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError), recorded(tmp_path):
+        raise InputError("x\nstate        running")
+    (tmp_path / "run.json").write_text('{"stages": {"a\\nstate        running": {"rows": 1}}}')
+    lines = status_of(tmp_path).summary().splitlines()
+    assert len([line for line in lines if line.startswith("state")]) == 1
+    assert [line for line in lines if r"x\nstate        running" in line]

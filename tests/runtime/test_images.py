@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,8 @@ def test_text_named_png_missing_file_folder_and_rubbish(tmp_path: Path) -> None:
     assert reason(tmp_path / "note.png") == "unreadable"
     assert reason(tmp_path / "missing.png") == "unreadable"
     assert reason(tmp_path) == "unreadable"
+    os.mkfifo(tmp_path / "pipe.png")  # reading one would wait for ever
+    assert reason(tmp_path / "pipe.png") == "unreadable"
     assert reason(b"") == "unreadable"
     assert reason(np.zeros((3, 3), np.float64)) == "unreadable"
     with pytest.raises(ImageError, match="NoneType is no picture: give a path, a data URL"):
