@@ -313,13 +313,13 @@ def serve(
     from mpa_edge.errors import require
 
     require("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client"))
-    from mpa_edge.runtime.server import is_loopback, key_from
+    from mpa_edge.runtime.server import in_url, is_loopback, key_from
     from mpa_edge.runtime.server import serve as run_server
 
     keys = key_from(api_key, api_key_env)
     if not keys and not is_loopback(host):
         typer.echo("warning: everybody who can reach this machine can ask; set --api-key-env", err=True)
-    typer.echo(f"http://{host}:{port}/  (Ctrl-C stops it)", err=True)
+    typer.echo(f"http://{in_url(host)}:{port}/  (Ctrl-C stops it)", err=True)
     run_server(
         bundle,
         host=host,

@@ -8,9 +8,12 @@ from mpa_edge.errors import ModelError
 from mpa_edge.runtime.engine import Logits
 from mpa_edge.runtime.vlm import Decoding
 
+# Logits that are divided by less can overflow; long before that, the best token has all of the probability.
+LEAST_TEMPERATURE = 1e-6
+
 
 class Chooser:
-    """Logits to a token: greedy at temperature 0, else nucleus sampling with its own seeded generator."""
+    """Logits to a token: greedy below `LEAST_TEMPERATURE`, else nucleus sampling with its own seeded generator."""
 
     def __init__(self, decoding: Decoding) -> None:
         self._decoding = decoding
@@ -21,7 +24,7 @@ class Chooser:
         best = int(np.argmax(logits))
         if not np.isfinite(logits[best]):
             raise ModelError("the engine's logits are not finite: the weights, or their quantization, are broken")
-        if self._decoding.temperature <= 0:
+        if self._decoding.temperature < LEAST_TEMPERATURE:
             return best
         scaled = logits.astype(np.float64) / self._decoding.temperature
         probabilities = np.exp(scaled - scaled.max())

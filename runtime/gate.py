@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -30,6 +31,24 @@ def problem(status: int, message: str, code: str | None = None, headers: dict[st
 
 
 BUSY = problem(429, "all places in the queue are taken; try again", "queue_full", {"Retry-After": str(RETRY_SECONDS)})
+
+
+class KnownNames:
+    """ASGI middleware. Answers under the given names only, so that no page from elsewhere reaches a server on this
+    machine by a name that it lets point here (DNS rebinding). Names are lower case, IPv6 addresses in brackets."""
+
+    def __init__(self, app: ASGIApp, *, names: Sequence[str]) -> None:
+        self._app = app
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "lifespan" or self._knows(Headers(scope=scope).get("host", "")):
+            return await self._app(scope, receive, send)
+        await problem(400, "the Host header is none of this server's names")(scope, receive, send)
+
+    def _knows(self, host: str) -> bool:
+        return re.sub(r":[0-9]*\Z", "", host.lower()) in self._names
 
 
 class Gate:
@@ -88,19 +107,20 @@ class BodyTooLarge(Exception):
     """More came than may."""
 
 
-async def read_body(receive: Receive, *, limit: int = MAX_BODY, seconds: float = BODY_SECONDS) -> bytes | None:
-    """The whole body, None when the client left; `BodyTooLarge`, or `asyncio.TimeoutError` when it dawdles."""
-    return await asyncio.wait_for(_read(receive, limit), seconds)
+async def read_body(receive: Receive) -> bytes | None:
+    """The whole body, None when the client left. Raises `BodyTooLarge` above `MAX_BODY` bytes, and
+    `asyncio.TimeoutError` when it is not there within `BODY_SECONDS`."""
+    return await asyncio.wait_for(_read(receive), BODY_SECONDS)
 
 
-async def _read(receive: Receive, limit: int) -> bytes | None:
+async def _read(receive: Receive) -> bytes | None:
     body = bytearray()
     while True:
         message: Message = await receive()
         if message["type"] == "http.disconnect":
             return None
         body += message.get("body", b"")
-        if len(body) > limit:
+        if len(body) > MAX_BODY:
             raise BodyTooLarge
         if not message.get("more_body"):
             return bytes(body)

@@ -73,6 +73,8 @@ async def _resolve(url: httpx.URL, allowed: Callable[[Address], bool]) -> Addres
     """The address to connect to: the name's first, when all of them may be connected to."""
     if url.scheme not in ("http", "https") or not url.host or url.userinfo:
         raise InputError("a picture's address must be a data: URL, or http(s)://host/… without a password")
+    if url.port is not None and not 1 <= url.port <= 65535:
+        raise InputError("a picture's address must have a port from 1 to 65535, or none")
     port = url.port or (443 if url.scheme == "https" else 80)
     found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(entry[4][0]) for entry in found]

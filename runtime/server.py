@@ -22,13 +22,12 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from mpa_edge.errors import InputError, MpaEdgeError
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.chat_request import ChatRequest, parse
-from mpa_edge.runtime.gate import BodyTooLarge, Gate, problem, read_body
+from mpa_edge.runtime.gate import BodyTooLarge, Gate, KnownNames, problem, read_body
 from mpa_edge.runtime.metrics import Metrics
 from mpa_edge.runtime.page import page
 from mpa_edge.runtime.patience import Impatient
@@ -36,7 +35,7 @@ from mpa_edge.runtime.remote_image import fetch
 from mpa_edge.runtime.vlm import Answer
 from mpa_edge.runtime.worker import Job, Worker
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # as in a URL
 CONNECTIONS = 512  # more of them are turned away with 503 before they cost anything
 GRACE_SECONDS = 30
 
@@ -79,8 +78,8 @@ def create_app(
     """The server of an open model, as an ASGI application.
 
     `max_queue` requests may wait while one is answered; further ones get 429. `raw` leaves the task's question template
-    away. `remote` allows pictures by http(s) address. `hosts` are the names that the server may be called by; empty
-    means any.
+    away. `remote` allows pictures by http(s) address. `hosts` are the names that the server may be called by, as
+    `names_of` writes them; empty means any.
     """
     service = Service(vlm, raw=raw, remote=remote)
 
@@ -94,7 +93,7 @@ def create_app(
     app = FastAPI(title="mpa-edge", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, api_keys=api_keys, places=max_queue + 1, metrics=service.metrics)
     if hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+        app.add_middleware(KnownNames, names=hosts)
     app.add_exception_handler(HTTPException, _http_error)
     _add_routes(app, service)
     return app
@@ -287,6 +286,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def in_url(host: str) -> str:
+    """A host as it stands in a URL and in a Host header: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def names_of(host: str) -> tuple[str, ...]:
+    """The names that a server which listens at `host` answers to; empty, for any, where other machines reach it."""
+    return (*LOOPBACK, in_url(host).lower()) if is_loopback(host) else ()
+
+
 def key_from(key: str | None, variable: str | None) -> tuple[str, ...]:
     """The keys that clients may send: the given one, and the one in an environment variable."""
     found = os.environ.get(variable, "") if variable else ""
@@ -312,8 +321,7 @@ def serve(
     from mpa_edge.runtime import load
 
     with load(bundle, device=device, threads=threads, longest_edge=longest_edge) as vlm:
-        hosts = LOOPBACK if is_loopback(host) else ()
-        app = create_app(vlm, api_keys=api_keys, max_queue=max_queue, raw=raw, remote=remote, hosts=hosts)
+        app = create_app(vlm, api_keys=api_keys, max_queue=max_queue, raw=raw, remote=remote, hosts=names_of(host))
         uvicorn.run(
             app,
             host=host,

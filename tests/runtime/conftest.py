@@ -16,20 +16,20 @@ from mpa_edge.bundle import Bundle
 from mpa_edge.runtime import open_bundle
 from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.patience import Impatient
-from mpa_edge.runtime.server import create_app
+from mpa_edge.runtime.server import create_app, in_url
 
 
 @pytest.fixture(scope="session")
 def running() -> Callable[..., AbstractContextManager[tuple[str, uvicorn.Server]]]:
-    """`with running(vlm, **options_of_create_app) as (address, server)`: stopped at the end as a signal would."""
+    """`with running(vlm, host, **options_of_create_app) as (address, server)`: stopped at the end as a signal would."""
     return _running
 
 
 @contextmanager
-def _running(vlm: BundleVlm, **options: Any) -> Iterator[tuple[str, uvicorn.Server]]:
+def _running(vlm: BundleVlm, host: str = "127.0.0.1", **options: Any) -> Iterator[tuple[str, uvicorn.Server]]:
     """See `running`."""
     app = create_app(vlm, **options)
-    config = uvicorn.Config(app, port=0, http=Impatient, log_level="error", timeout_graceful_shutdown=20)
+    config = uvicorn.Config(app, host, port=0, http=Impatient, log_level="error", timeout_graceful_shutdown=20)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -37,7 +37,7 @@ def _running(vlm: BundleVlm, **options: Any) -> Iterator[tuple[str, uvicorn.Serv
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", server
+        yield f"http://{in_url(host)}:{server.servers[0].sockets[0].getsockname()[1]}", server
     finally:
         server.should_exit = True
         thread.join(30)

@@ -19,6 +19,12 @@ def test_log_probabilities_are_those_of_torch() -> None:
         assert log_probability(logits, token) == pytest.approx(float(wanted[token]), abs=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-300, 9e-7])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
+    for logits in (np.array([1.0, 1.2, 0.3], np.float32), np.array([-3e38, 3e38, 0], np.float32)):
+        assert Chooser(Decoding(temperature=temperature, seed=1))(logits) == 1
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_broken_logits_are_an_error(bad: float) -> None:
     with pytest.raises(ModelError, match="not finite"):

@@ -103,6 +103,7 @@ def test_a_picture_comes_from_the_address_that_was_checked_under_its_own_name(we
     [
         ("/to/http://10.0.0.1/picture", "not a public one"),
         ("/to/file:///etc/passwd", "address must be"),
+        ("/to/http://localhost:99999/picture", "port from 1 to 65535"),
         ("/to//to//to//to//to//picture", "redirects more than"),
         ("/large", "larger than"),
         ("/gone", "status 404"),
@@ -118,6 +119,13 @@ def test_what_is_wrong_is_said(web: str, path: str, why: str) -> None:
 def test_only_plain_web_addresses_are_taken(url: str) -> None:
     with pytest.raises(InputError, match="address must be"):
         get(url)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "99999", "9" * 30])
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_a_port_that_does_not_exist_is_said(host: str, port: str) -> None:
+    with pytest.raises(InputError, match="port from 1 to 65535"):
+        get(f"http://{host}:{port}/x")
 
 
 @pytest.mark.parametrize("url", ["http://localhost:1/x", "http://no.such.host.invalid/x", "http://[::1"])

@@ -28,7 +28,7 @@ from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.engine import Features, Logits
 from mpa_edge.runtime.families import Cut
 from mpa_edge.runtime.prompts import Turn
-from mpa_edge.runtime.server import LOOPBACK, is_loopback, key_from
+from mpa_edge.runtime.server import LOOPBACK, in_url, is_loopback, key_from, names_of
 
 Running = Callable[..., AbstractContextManager[tuple[str, Any]]]
 QUESTION = "What does the sign say?"
@@ -169,6 +169,12 @@ def test_a_seed_makes_samples_repeat(client: openai.OpenAI, vlm: BundleVlm, pict
     assert len({sample(None) for _ in range(5)}) > 1
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy(address: str, vlm: BundleVlm, picture: Any) -> None:
+    body = {"messages": [turn(data_url(png(picture(70, 50))))], "temperature": 1e-320, "seed": 1}
+    got = web.post(f"{address}/v1/chat/completions", json=body)
+    assert got.json()["choices"][0]["message"]["content"] == vlm.ask(picture(70, 50), QUESTION).text
+
+
 def bomb() -> bytes:
     """A PNG of a few bytes that says it is 50,000 pixels wide and high."""
     head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
@@ -197,6 +203,7 @@ BAD = {
     "a path": ({"messages": [turn("/etc/hostname")]}, 400, "data: URL"),
     "private": ({"messages": [turn("http://127.0.0.1:9/a.png")]}, 400, "not a public one"),
     "metadata": ({"messages": [turn("http://169.254.169.254/latest")]}, 400, "not a public one"),
+    "port": ({"messages": [turn("http://8.8.8.8:99999/")]}, 400, "port from 1 to 65535"),
     "last": ({"messages": [turn(URL), {"role": "assistant", "content": "x"}]}, 400, "user's"),
     "n": ({"messages": [turn(URL)], "n": 3}, 400, "n: "),
     "stop": ({"messages": [turn(URL)], "stop": ["."]}, 400, "stop"),
@@ -255,6 +262,71 @@ def test_a_client_that_does_not_say_what_it_wants_is_sent_away(
                 assert client.get(f"{url}/health").status_code == 200
                 monkeypatch.setattr(patience, 0.3)
                 time.sleep(0.4)
+
+
+def begin_a_body(url: str) -> bytes:
+    """The first line of the answer to one who sends a byte of a hundred and then nothing."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        return connection.recv(1000).split(b"\r\n")[0]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    vlm: BundleVlm, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpa_edge.runtime.gate.BODY_SECONDS", 0.3)
+    with running(vlm) as (url, _):
+        assert begin_a_body(url) == b"HTTP/1.1 408 Request Timeout"
+        assert metric(url, 'mpa_edge_requests_total{outcome="refused"}') == 1
+        wait_for(lambda: metric(url, "mpa_edge_requests_inside") == 0)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for_before_a_refusal_either(
+    slow: tuple[BundleVlm, Slow], picture: Any, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"messages": [turn(data_url(png(picture(70, 50))))], "max_tokens": 900, "stream": True}
+    with (
+        running(slow[0], max_queue=0) as (url, _),
+        web.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)  # the one place is taken
+        monkeypatch.setattr("mpa_edge.runtime.gate.BODY_SECONDS", 0.3)
+        assert begin_a_body(url) == b"HTTP/1.1 429 Too Many Requests"
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1", "127.0.0.2"])
+def test_a_server_answers_under_the_address_where_it_listens(host: str, vlm: BundleVlm, running: Running) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        try:
+            trial.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+    with running(vlm, host=host, hosts=names_of(host)) as (url, _):
+        assert url.startswith(f"http://{in_url(host)}:")
+        assert web.get(f"{url}/health").json() == {"status": "ok"}
+        assert web.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 400
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LocalHost", "[::1]"])
+def test_a_server_on_this_machine_answers_under_its_names(name: str, address: str) -> None:
+    for host in (name, f"{name}:8000"):
+        assert web.get(f"{address}/health", headers={"host": host}).status_code == 200
+
+
+STRANGE = ["evil.example", "evil.example:8000", "localhost.evil.example", "evil.example.localhost", "", ":8000"]
+STRANGE += ["localhost:80@evil.example", "localhost:80:evil.example", "[::1].evil.example", "[localhost]"]
+STRANGE += ["::1", "[::1", "[::2]:8000"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_server_on_this_machine_answers_under_no_other_name(name: str, address: str) -> None:
+    for path in ("/health", "/v1/models"):
+        got = web.get(f"{address}{path}", headers={"host": name})
+        assert (got.status_code, got.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert "Host header" in got.json()["error"]["message"]
 
 
 def test_pages_from_elsewhere_cannot_ask(address: str) -> None:
