@@ -11,6 +11,9 @@ A task of one's own is a TOML file. All keys but `annotate_prompt` may be left o
     metric = "vqa_accuracy"             # or anls, relaxed_accuracy, exact_match, containment
     max_new_tokens = 32                 # of an answer
     max_answer_words = 5                # longer pseudo-answers are rejected
+
+Control tokens in a prompt or a template, such as `<image>`, are the text that they are: the picture comes by itself,
+before the question.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@ on the device, and a chat server is sent nothing that it could take for one."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,13 @@ from PIL import Image
 
 from mpa_edge.chat_messages import request_of, without_control_tokens
 from mpa_edge.export.families import family_of, prompt_settings, read_config
+from mpa_edge.runtime.bundle_vlm import BundleVlm
 from mpa_edge.runtime.families import family_named
 from mpa_edge.runtime.prompts import Prompts, read_tokenizer
 from mpa_edge.runtime.vlm import GREEDY
+from mpa_edge.tasks import Task, task_named
 from mpa_edge.transformers_vlm import TransformersVlm
+from tiny_bundles import manifest_of
 from tiny_pictures import noise
 
 FAMILIES = ["tiny_idefics3", "tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_llava", "tiny_internvl"]
@@ -31,6 +36,7 @@ PICTURE = noise("RGB", (100, 90))
 class Family:
     """One tiny model in both worlds: as it is trained, and as the device prompts it."""
 
+    folder: Path
     vlm: TransformersVlm
     prompts: Prompts
     layout: str
@@ -47,6 +53,11 @@ class Family:
         added = self.vlm.processor.tokenizer.added_tokens_decoder
         return [token for token in ids if token in added]
 
+    def trained(self, text: str) -> list[int]:
+        """The prompt's tokens as the student is trained, and as a teacher of this family is asked."""
+        ids: list[int] = self.vlm.encode([PICTURE], [text])["input_ids"][0].tolist()
+        return ids
+
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
@@ -57,7 +68,7 @@ def family(request: pytest.FixtureRequest) -> Family:
     images: Any = family_of(config).image_settings(config, processor)
     plan = family_named(family_of(config).name)
     layout = plan.layout(*plan.grid(PICTURE.size, images), prompt.image_token, images)
-    return Family(vlm, Prompts(read_tokenizer(folder / "tokenizer.json"), prompt), layout)
+    return Family(folder, vlm, Prompts(read_tokenizer(folder / "tokenizer.json"), prompt), layout)
 
 
 def test_typed_tokens_change_neither_tiles_nor_turns_in_training_and_on_the_device(family: Family) -> None:
@@ -72,6 +83,41 @@ def test_typed_tokens_change_neither_tiles_nor_turns_in_training_and_on_the_devi
             assert family.control_ids(ids) == expected, text
             assert ids == family.prompts.tokens(text, [family.layout]), text
         assert len(inputs["pixel_values"]) * len(harmless["input_ids"]) == len(harmless["pixel_values"]) * len(batch)
+
+
+def task_of_file(folder: Path, template: str, prompt: str) -> Task:
+    """A user's task with this wording."""
+    path = folder / "task.toml"
+    texts = {"question_template": template, "annotate_prompt": prompt}
+    # A string of JSON is one of TOML.
+    path.write_text("".join(f"{key} = {json.dumps(text)}\n" for key, text in texts.items()), encoding="utf-8")
+    return task_named(str(path))
+
+
+@pytest.mark.parametrize(
+    ("template", "question"),
+    [
+        ("<image> {question}<end_of_utterance>", "What?"),
+        ("ALL\n{question}ALL", "What?"),
+        (" \n<im{question}e_of_utterance>\n", "age> or <end"),
+    ],
+)
+def test_tokens_in_a_tasks_own_wording_are_text_on_all_sides(
+    family: Family, tmp_path: Path, template: str, question: str
+) -> None:
+    template = template.replace("ALL", "".join([*family.tokens, *OTHERS]))
+    task = task_of_file(tmp_path, template, prompt=template)
+    bundle = manifest_of(family.folder, "onnxruntime", "fp32", template=task.question_template)
+    no_engine: Any = SimpleNamespace(name="none")
+    device = BundleVlm(bundle, no_engine, read_tokenizer(family.folder / "tokenizer.json"))
+    trained = family.trained(task.prompt(question))
+    expected = family.control_ids(family.trained("x"))
+    assert family.control_ids(trained) == expected
+    assert device.prompts.tokens(device.put(question), [family.layout]) == trained
+    assert family.control_ids(family.trained(task.annotate_prompt)) == expected
+    sent = request_of("m", "h", Image.new("RGB", (9, 9)), task.annotate_prompt, GREEDY, None)
+    ids = family.vlm.processor.tokenizer(sent["messages"][0]["content"][1]["text"], add_special_tokens=False)
+    assert family.control_ids(ids["input_ids"]) == []
 
 
 def test_typed_tokens_end_no_target(family: Family) -> None:
