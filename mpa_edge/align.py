@@ -17,6 +17,7 @@ from mpa_edge.askers import Engine
 from mpa_edge.audit import audit_run
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import ExportError, FingerprintMismatch, InputError, RunError, UnknownFamily, require
+from mpa_edge.mirror import require_mirror
 from mpa_edge.models import ADAPTER, kind_of
 from mpa_edge.opening import open_models, open_student
 from mpa_edge.progress import progress, say
@@ -100,10 +101,12 @@ def align(config: AlignConfig) -> AlignResult:
 
     Raises `InputError` for settings, paths and models that cannot be, `RunLocked` when another process works in the
     run's folder, `FingerprintMismatch` when that holds what other settings or models were asked, and `RunError` when
-    the models leave too little to train on.
+    the models leave too little to train on, or a mirror cannot be reached.
     """
     meet(config)
     task_named(config.task)
+    if config.mirror:
+        require_mirror(config.mirror)
     warn_without_export(config.student)
     run = RunFolder(config.run)
     with run.lock(), recorded(run.path, config.metrics_file):

@@ -9,7 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from mpa_edge.errors import InputError
+from mpa_edge.passwords import holds_secret
 
+# What is wrong with an address that has a password; the address itself is not repeated.
+IN_FILES = (
+    "an address with a password or a ? in it would end up in files. Put the secret into the environment: "
+    "MPA_EDGE_API_KEY for a chat server, HF_TOKEN for the hub, and for a store what its client reads "
+    "(of s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
+)
 # Characters of a value that an error repeats.
 MOST_SHOWN = 200
 Match = Literal["official", "paper"]
@@ -155,6 +162,14 @@ class AlignConfig(Settings):
     mirror: str | None = setting(
         None, SCALE, help="Also keep what was asked here, s3://BUCKET/RUN or any fsspec URL, and go on from there."
     )
+
+    @model_validator(mode="after")
+    def _no_address_holds_a_secret(self) -> AlignConfig:
+        """All settings are written to `run.json`."""
+        for name, value in self:
+            if isinstance(value, str) and holds_secret(f"ray://{value}" if name == "address" else value):
+                raise PydanticCustomError("secret", "{told}", {"told": f"--{name.replace('_', '-')}: {IN_FILES}"})
+        return self
 
     @model_validator(mode="after")
     def _ray_is_asked_for(self) -> AlignConfig:

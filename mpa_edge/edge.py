@@ -22,6 +22,7 @@ import typer
 
 from mpa_edge.disk import disk_trouble
 from mpa_edge.errors import AGAIN, MpaEdgeError
+from mpa_edge.run_events import without_secrets
 from mpa_edge.terminal import in_one_line, shown
 
 # What Ctrl-C, a service manager, a batch system or a closed terminal sends; of most Python would die without a word.
@@ -117,5 +118,5 @@ def _signals() -> Iterator[None]:
 def _end(line: str, code: int) -> NoReturn:
     # What was typed with --fresh must not be typed again with it: that would delete what is finished.
     told = line.replace(AGAIN, f"{AGAIN}, without --fresh,") if "--fresh" in sys.argv else line
-    typer.echo(shown(told), err=True)
+    typer.echo(shown(without_secrets(told)), err=True)
     sys.exit(code)

@@ -18,12 +18,14 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from mpa_edge.config import IN_FILES
 from mpa_edge.errors import AGAIN, FingerprintMismatch, InputError, RunError
 from mpa_edge.parts import DIGEST, STAGE, compare_fingerprints, is_damaged, stage_in
+from mpa_edge.passwords import holds_secret
 from mpa_edge.progress import say
 from mpa_edge.records import write_atomic
+from mpa_edge.run_events import without_secrets
 
 # The digest goes before its part, and the note of failed rows before both: see `mpa_edge.parts`.
 OURS = re.compile(r"stage\.json|part-\d{5,}\.(failed|sha256|jsonl)")
@@ -39,18 +41,7 @@ class Mirror:
     """
 
     def __init__(self, url: str, stages: Mapping[str, Path]) -> None:
-        import fsspec
-
-        try:
-            parts = urlsplit(url)
-        except ValueError as error:
-            raise InputError(f"--mirror: not an address ({error})") from error
-        if "://" in url and ("@" in parts.netloc or parts.query):
-            raise InputError("--mirror: an address with a password or a ? in it would end up in files")
-        try:
-            self._fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:  # which names the package to install
-            raise InputError(f"--mirror {url}: {error}") from error
+        self._fs, root = _store(url)
         self._url, self._stages = url, dict(stages)
         self._roots = {name: f"{root.rstrip('/')}/{name}" for name in stages}
         # What is the same on both sides: the size and time of the file here.
@@ -103,7 +94,7 @@ class Mirror:
                 self._keep(stage, path)
         except RunError as error:
             if not self._behind:
-                say(f"warning: {error} The parts are kept here, and copied when that works again")
+                say(f"warning: {without_secrets(str(error))} The parts are kept here, and copied when that works again")
             self._behind = True
 
     def settle(self, parts: int) -> None:
@@ -200,6 +191,30 @@ class Mirror:
 
     def _broken(self, error: Exception) -> RunError:
         return RunError(f"--mirror {self._url}: {type(error).__name__} ({str(error)[:200]}).")
+
+
+def require_mirror(url: str) -> None:
+    """As opening a `Mirror`: said before models are loaded and pictures are looked at."""
+    fs, _ = _store(url)
+    fs.clear_instance_cache()  # a connection that waits as long as that takes may be closed by the other side
+
+
+def _store(url: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    import fsspec
+
+    if holds_secret(url):
+        raise InputError(f"--mirror: {IN_FILES}")
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # which names the package to install
+        raise InputError(f"--mirror {url}: {error}") from error
+    except Exception as error:  # some clients connect at once
+        raise RunError(
+            f"--mirror {url}: cannot be opened ({type(error).__name__}: {str(error)[:200]}). Check the address, and "
+            "that this machine reaches it, or use another --mirror, such as s3://BUCKET/RUN or a folder."
+        ) from error
+    return fs, str(root)
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -175,3 +175,23 @@ def test_the_key_comes_from_the_environment_and_is_never_told(monkeypatch: pytes
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
     with pytest.raises(InputError, match="OPENAI_API_KEY holds characters"):
         ChatVlm("https://api.openai.com/v1", "m")
+
+
+def test_a_key_that_a_server_answers_with_is_in_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPA_EDGE_API_KEY", KEY)
+    with serving(models=(f"model of {KEY}",)) as server:
+
+        def gossip(request: Any, number: int) -> Any:
+            key = server.headers[-1]["authorization"]
+            return reply([{"type": "text", "text": f"red, says {key[:12]}"}, {"type": "text", "text": key[12:]}])
+
+        server.script = gossip
+        vlm = ChatVlm.load(server.url)
+        assert (vlm.name, vlm.describe()["model"]) == ("model of ***", "model of ***")
+        assert vlm.answer([RED], ["?"])[0].text == "red, says Bearer ***"
+
+
+def test_a_dummy_of_a_key_is_a_word_that_answers_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPA_EDGE_API_KEY", "EMPTY")
+    with serving(lambda request, number: reply("EMPTY")) as server:
+        assert ask(server, "What does the sign say?")[0].text == "EMPTY"

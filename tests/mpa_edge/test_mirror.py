@@ -16,11 +16,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from mpa_edge.align import align
 from mpa_edge.askers import Asks, Here, Part, Work
 from mpa_edge.config import AlignConfig
 from mpa_edge.errors import FingerprintMismatch, InputError, RunError
 from mpa_edge.fake import FakeSettings, FakeVlm
-from mpa_edge.mirror import Mirror
+from mpa_edge.mirror import Mirror, require_mirror
 from mpa_edge.run_folder import RunFolder
 from mpa_edge.runtime.vlm import GREEDY, Answer, Decoding
 from mpa_edge.training_set import TrainingSetMaker, make_training_set
@@ -308,11 +309,40 @@ def test_ctrl_c_while_a_part_is_copied_ends_the_engine(
     assert inspect.getgeneratorstate(engine.given) == inspect.GEN_CLOSED
 
 
-@pytest.mark.parametrize("url", ["s3://key:secret@bucket/run", "s3://bucket/run?token=secret", "nowhere://x/run"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:secret@bucket/run",
+        "s3://key:sec/secret@bucket/run",
+        "s3://bucket/run?token=secret",
+        "dir::file://key:secret@x",
+        "filecache::s3://key:secret@bucket/run",
+        "nowhere://x/run",
+    ],
+)
 def test_a_place_that_cannot_be_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="--mirror") as caught:
         Mirror(url, {})
-    assert "secret" not in str(caught.value)
+    assert "secret" not in str(caught.value).replace("the secret", "")
+
+
+@pytest.mark.parametrize("url", ["ftp://host.invalid/x", "ftp://127.0.0.1:1/x", "zip://x"])
+def test_a_store_that_is_not_there_is_told_before_anything_is_loaded(url: str, photos: Path, tmp_path: Path) -> None:
+    """Their clients connect when they are made, and each fails in its own way."""
+    with pytest.raises(RunError, match=f"--mirror {url}: cannot be opened .*Check the address"):
+        Mirror(url, {})
+    models = {"teacher": "no/such-model", "student": "no/such-model"}
+    config = AlignConfig(images=str(photos), **models, task="reference", out=tmp_path / "run", mirror=url)
+    with pytest.raises(RunError, match=f"--mirror {url}: cannot be opened"):
+        align(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_connection_does_not_wait_from_then_on(tmp_path: Path) -> None:
+    """Servers close those that idle, and models take their time to load."""
+    before = fsspec.core.url_to_fs("memory:///run")[0]
+    require_mirror("memory:///run")
+    assert fsspec.core.url_to_fs("memory:///run")[0] is not before
 
 
 S3 = """
