@@ -43,6 +43,17 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise InputError("; ".join(_one_line(item) for item in error.errors())) from None
 
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Settings:
+        """All settings end up in a file: no name in another encoding than UTF-8 can."""
+        for name, value in self:
+            try:
+                str(value).encode()
+            except UnicodeEncodeError as error:
+                told = {"flag": f"--{name.replace('_', '-')}"}
+                raise PydanticCustomError("text", "{flag}: its name is not in UTF-8; use another one", told) from error
+        return self
+
     def to_json(self) -> dict[str, Any]:
         """The resolved settings, for `run.json`."""
         return self.model_dump(mode="json")

@@ -8,7 +8,7 @@ import re
 # What stands before an @ and the host. A password may hold a / or an @ of its own; the 8000 of
 # http://localhost:8000/v1#model@2 is none, and neither is what follows in a chain such as dir::file://a::file://b@c.
 _ACCOUNT = re.compile(
-    r"(?:(?<=://)(?:[^/:@\[\s]*:(?!:|\d+\b)\S*|[^/\s]*)"  # ://USER:PASSWORD, or ://TOKEN
+    r"(?:(?<=://)(?:[^/:@\[#\s]*:(?!:|\d+\b)\S*|[^/#\s]*)"  # ://USER:PASSWORD, or ://TOKEN
     r"|(?<=\bhf:)[^/:@\s]*(?::\S*)?)(?=@)"  # the same of hf:DATASET
 )
 

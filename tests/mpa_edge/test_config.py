@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,10 @@ def test_a_password_is_not_told(address: str, told: str) -> None:
         with pytest.raises(InputError, match=f"^--{flag}: an address with a password") as error:
             AlignConfig(**{**GOOD, flag: address})
         assert "wo" not in str(error.value).replace("password", "").replace("would", "")
+
+
+@pytest.mark.parametrize("flag", ["out", "images"])
+def test_a_name_that_is_not_in_utf8_names_the_flag(flag: str) -> None:
+    settings = {"images": "i", "teacher": "t", "student": "s", "task": "reference", flag: os.fsdecode(b"o\xff")}
+    with pytest.raises(InputError, match=f"^--{flag}: its name is not in UTF-8"):
+        AlignConfig(**settings)  # type: ignore[arg-type]
