@@ -68,6 +68,7 @@ def _root(
     short_help="Train the student on what the teacher knows and it does not.",
 )
 @options_of(AlignConfig)
+@resumable()
 def align(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only tell what it would take: pictures, requests, time, disk.")
@@ -79,23 +80,22 @@ def align(
     Type the same command again after an interruption: it goes on where it was.
     """
     config = AlignConfig(**given(options))
-    with resumable():
-        if plan:
-            from mpa_edge.plan import plan_align
+    if plan:
+        from mpa_edge.plan import plan_align
 
-            typer.echo(plan_align(config).summary())
-            return
-        from mpa_edge.launching import relaunch_if_wanted
+        typer.echo(plan_align(config).summary())
+        return
+    from mpa_edge.launching import relaunch_if_wanted
 
-        relaunch_if_wanted(config, sys.argv[1:])
-        if is_main():
-            from mpa_edge.align import align as run_align
+    relaunch_if_wanted(config, sys.argv[1:])
+    if is_main():
+        from mpa_edge.align import align as run_align
 
-            typer.echo(run_align(config).summary())
-        else:
-            from mpa_edge.align import help_to_train
+        typer.echo(run_align(config).summary())
+    else:
+        from mpa_edge.align import help_to_train
 
-            help_to_train(config)
+        help_to_train(config)
 
 
 @app.command(
@@ -103,6 +103,7 @@ def align(
     "mpa-edge export runs/shop --format hf --push me/shop-vqa --dry-run",
     short_help="Merge, check, convert, quantize and verify: run to bundle.",
 )
+@resumable()
 def export(
     source: Annotated[
         Path | None, typer.Argument(metavar="[RUN|MODEL]", help="A run, or a model folder. Default: the newest run.")
@@ -146,15 +147,14 @@ def export(
 
     _check_push(format, push, public, dry_run)
     options = Options(mmproj=mmproj, quantize_vision=quantize_vision, data=data, limit=limit, repo=push)
-    with resumable():
-        made = run_export(
-            source or _newest_run(),
-            format.value,
-            quant.split(",") if quant else None,
-            out,
-            options=options,
-            progress=_say,
-        )
+    made = run_export(
+        source or _newest_run(),
+        format.value,
+        quant.split(",") if quant else None,
+        out,
+        options=options,
+        progress=_say,
+    )
     for folder in made:
         typer.echo(folder)
         if format is not Format.hf:
@@ -340,6 +340,7 @@ def serve(
     short_help="Score bundles beside the models they came from: a report that decides.",
 )
 @options_of(BenchOptions)
+@resumable()
 def bench(
     bundles: Annotated[list[Path] | None, typer.Argument(help="Bundles to measure.")] = None,
     baseline: Annotated[
@@ -357,10 +358,9 @@ def bench(
     from mpa_edge.benchmarks.outcome import outcome
 
     config = BenchConfig(bundles=tuple(map(str, bundles or ())), baselines=tuple(baseline or ()), **given(options))
-    with resumable():
-        path = run_bench(config)
-        lines, code = outcome(path)
-        typer.echo("\n".join([*lines, f"report: {path.with_suffix('.html')}"]))
+    path = run_bench(config)
+    lines, code = outcome(path)
+    typer.echo("\n".join([*lines, f"report: {path.with_suffix('.html')}"]))
     raise typer.Exit(code)
 
 
@@ -368,6 +368,7 @@ def bench(
     epilog="Example: mpa-edge demo --out runs/demo",
     short_help="The whole road on the reference pair, offline, in ten minutes.",
 )
+@resumable()
 def demo(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.")] = False,
@@ -375,8 +376,7 @@ def demo(
     """The whole road on the reference pair, offline: align, export, bench, report. Ten minutes on two cores."""
     from mpa_edge.demo import demo as run_demo
 
-    with resumable():
-        typer.echo(f"report: {run_demo(out, fresh=fresh).with_suffix('.html')}")
+    typer.echo(f"report: {run_demo(out, fresh=fresh).with_suffix('.html')}")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,6 +94,33 @@ def test_a_wrong_setting_names_the_flag(tmp_path: Path) -> None:
     result = run("align", *pictures, "--mix", "7", cwd=tmp_path)
     assert result.returncode == 1
     assert "--mix" in result.stderr
+
+
+class Slow(ModuleType):
+    """A module during whose import somebody presses Ctrl-C."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (
+            ["align", "--plan", *["--images", "i", "--teacher", "t", "--student", "s", "--task", "reference"]],
+            "mpa_edge.plan",
+        ),
+        (["export", "m"], "mpa_edge.export.build"),
+        (["bench", "b", "--data", "d"], "mpa_edge.benchmarks.bench"),
+        (["demo"], "mpa_edge.demo"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_from_the_first_moment(
+    command: list[str], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, Slow(module))
+    done = CliRunner().invoke(app, command)
+    assert (done.exit_code, "type the same command again to go on" in done.output) == (130, True), done.output
 
 
 @pytest.mark.parametrize("fresh", [False, True])
