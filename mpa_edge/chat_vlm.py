@@ -52,8 +52,8 @@ CURES = {
     503: "Is it still loading, or overloaded? Then lower --concurrency, or wait.",
     504: "Is it overloaded? Then lower --concurrency, or wait.",
 }
-# Answers are written to files, and a server may repeat a request's headers in them. A shorter key is a dummy for a
-# server of one's own, such as "none" or "EMPTY": a word that a picture may show.
+# Answers and models' names are written to files, and a server may repeat a request's headers in them. A shorter key is
+# a dummy for a server of one's own, such as "none" or "EMPTY": a word that a picture, or a name, may show.
 SHORTEST_KEY = 8
 MODERATED = re.compile(r"moderation|flagged|content.?(policy|filter)", re.IGNORECASE)
 
@@ -144,7 +144,7 @@ class ChatVlm:
         entries = found.get("data") if isinstance(found, dict) else None
         if not isinstance(entries, list):
             return None
-        return [self._hidden(str(entry["id"])) for entry in entries if isinstance(entry, dict) and entry.get("id")]
+        return [self._written(str(entry["id"])) for entry in entries if isinstance(entry, dict) and entry.get("id")]
 
     def answer(
         self, images: Sequence[Image.Image], prompts: Sequence[str], decoding: Decoding = GREEDY
@@ -219,7 +219,7 @@ class ChatVlm:
                 answer = self._spoilt(str(answer.error))
             else:
                 self._failed = 0
-        text = self._hidden(answer.text) if len(self._key) >= SHORTEST_KEY else answer.text
+        text = self._written(answer.text)
         told = answer.error and self._clean(answer.error)
         return replace(answer, text=text, error=told, timings=Timings(total=(time.perf_counter() - started) * 1000))
 
@@ -288,6 +288,10 @@ class ChatVlm:
     def _clean(self, text: str) -> str:
         """Short, and without the key, which some servers repeat in what they say about it."""
         return re.sub(r"\s+", " ", self._hidden(text))[:300].strip(" .")
+
+    def _written(self, text: str) -> str:
+        """What ends up in files, without the key."""
+        return self._hidden(text) if len(self._key) >= SHORTEST_KEY else text
 
     def _hidden(self, text: str) -> str:
         """Without the key."""

@@ -195,3 +195,5 @@ def test_a_dummy_of_a_key_is_a_word_that_answers_may_hold(monkeypatch: pytest.Mo
     monkeypatch.setenv("MPA_EDGE_API_KEY", "EMPTY")
     with serving(lambda request, number: reply("EMPTY")) as server:
         assert ask(server, "What does the sign say?")[0].text == "EMPTY"
+        server.models = ("EMPTY-7B",)
+        assert ChatVlm.load(server.url).model == "EMPTY-7B"
