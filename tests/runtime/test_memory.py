@@ -28,13 +28,18 @@ def growth(bundle: Path, *wanted: str) -> dict[str, int]:
 
 def test_llamacpps_memory(served: tuple[Path, Bundle]) -> None:
     write_bundle(*served)
-    check(growth(served[0], "openings", "questions"))
+    found = growth(served[0], "openings", "questions")
+    assert found["openings"] < OPENING_BYTES
+    assert found["questions"] < QUESTION_BYTES
 
 
 def test_onnx_runtimes_memory(tiny_idefics3: Path, onnx_graphs: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Of questions ONNX Runtime holds more at times, in one step (3.5 MB, one time in a few); see OpenVINO's."""
     files, checks = to_onnx(tiny_idefics3, tmp_path, "fp32", graphs=onnx_graphs(tiny_idefics3))
     write_bundle(tmp_path, manifest_of(tiny_idefics3, "onnxruntime", "fp32", files, checks=checks))
-    check(growth(tmp_path, "openings", "questions"))
+    found = growth(tmp_path, "openings", "questions")
+    assert found["openings"] < OPENING_BYTES
+    assert found["questions"] < 2 * STEP_BYTES
 
 
 def test_openvinos_memory(tiny_idefics3: Path, openvino_bundle: Callable[[Path, str], Path]) -> None:
@@ -43,8 +48,3 @@ def test_openvinos_memory(tiny_idefics3: Path, openvino_bundle: Callable[[Path, 
     four tiles would take 6 MB."""
     found = growth(openvino_bundle(tiny_idefics3, "fp32"), "questions")
     assert found["questions"] < 2 * STEP_BYTES
-
-
-def check(found: dict[str, int]) -> None:
-    assert found["openings"] < OPENING_BYTES
-    assert found["questions"] < QUESTION_BYTES
