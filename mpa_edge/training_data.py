@@ -228,9 +228,7 @@ class TrainingData:
         features = inputs.pop(FEATURES)["image"].pooler_output
         self._listed = isinstance(features, (list, tuple))
         if not self._listed:
-            each = features.shape[1] if features.ndim == 3 else 1  # transformers before 5.21 gives Idefics3's by tile
-            tokens = (ids == self._student.model.config.image_token_id).sum(dim=1)
-            features = features.split((tokens // each).tolist())
+            features = features.split((ids == self._student.model.config.image_token_id).sum(dim=1).tolist())
         per_token = {key: value for key, value in inputs.items() if value.shape == ids.shape}
         facts = {key: value for key, value in inputs.items() if key not in per_token}
         if any(len(value) != len(ids) for value in (*facts.values(), features)):
